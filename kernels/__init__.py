@@ -1,0 +1,16 @@
+"""The hot paths of Pythia, one op a file. Each file starts with the mathematics and defines the op in plain torch."""
+
+from kernels.attention import rotary_attention, rotary_tables, rotate
+from kernels.cross_entropy import linear_cross_entropy
+from kernels.gelu import bias_gelu
+from kernels.layernorm import add_dual_layer_norm, add_layer_norm
+
+__all__ = [
+    "add_dual_layer_norm",
+    "add_layer_norm",
+    "bias_gelu",
+    "linear_cross_entropy",
+    "rotary_attention",
+    "rotary_tables",
+    "rotate",
+]

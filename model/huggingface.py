@@ -1,0 +1,230 @@
+"""Hugging Face directories of GPT-NeoX, both ways: config.json and safetensors that transformers opens as they are."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from shutil import copyfile
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from errors import UserError
+from model.pythia import Pythia
+from model.sizes import SIZES, Config
+
+_LAYER = "gpt_neox.layers.{}."
+_NAMES = {
+    "embed": "gpt_neox.embed_in.weight",
+    "unembed": "embed_out.weight",
+    "final_norm": "gpt_neox.final_layer_norm",
+    "norm1": _LAYER + "input_layernorm",
+    "norm2": _LAYER + "post_attention_layernorm",
+    "qkv": _LAYER + "attention.query_key_value",
+    "attn_out": _LAYER + "attention.dense",
+    "mlp_in": _LAYER + "mlp.dense_h_to_4h",
+    "mlp_out": _LAYER + "mlp.dense_4h_to_h",
+}
+# Old files also hold the causal mask, its fill value and the rotary frequencies.
+_BUFFERS = re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")
+_GELU = {"gelu": "none", "gelu_new": "tanh", "gelu_fast": "tanh", "gelu_pytorch_tanh": "tanh"}
+
+SHARD_BYTES = 5_000_000_000  # of one safetensors file, as transformers 4 cuts them
+
+
+def huggingface_name(name: str) -> str:
+    """The name on disk of a parameter of Pythia: "blocks.3.qkv.bias" -> "gpt_neox.layers.3.attention.query_key_value.bias"."""
+    if match := re.fullmatch(r"blocks\.(\d+)\.(\w+)\.(\w+)", name):
+        layer, module, kind = match.groups()
+        return f"{_NAMES[module].format(layer)}.{kind}"
+    module, _, kind = name.partition(".")
+    return _NAMES[module] + (f".{kind}" if kind else "")
+
+
+def published_config(config: Config, dtype: torch.dtype, hidden_act: str) -> dict:
+    """config.json with both spellings of the rotary and dtype keys, those of transformers 4 and of 5."""
+    return {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "model_type": "gpt_neox",
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "hidden_act": hidden_act,
+        "hidden_size": config.hidden,
+        "initializer_range": 0.02,
+        "intermediate_size": config.ffn,
+        "layer_norm_eps": config.eps,
+        "max_position_embeddings": config.seq_len,
+        "num_attention_heads": config.heads,
+        "num_hidden_layers": config.layers,
+        "rotary_emb_base": config.rotary_base,
+        "rotary_pct": config.rotary_fraction,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": config.rotary_base,
+            "partial_rotary_factor": config.rotary_fraction,
+        },
+        "tie_word_embeddings": False,
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "use_cache": True,
+        "use_parallel_residual": config.parallel,
+        "vocab_size": config.vocab,
+    }
+
+
+def shard(sizes: dict[str, int], limit: int = SHARD_BYTES) -> list[list[str]]:
+    """Group names, in order, into shards of at most `limit` bytes (a larger tensor gets a shard of its own)."""
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if shards[-1] and used + size > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    return shards
+
+
+def save(
+    model: Pythia,
+    directory: Path | str,
+    dtype: torch.dtype = torch.float16,
+    hidden_act: str = "gelu",
+    tokenizer: Path | None = None,
+) -> None:
+    """Write config.json, model.safetensors (in shards of 5 GB with an index when larger) and the tokenizer, if given.
+
+    hidden_act is "gelu" as in the published files or "gelu_pytorch_tanh" as trained; it names what the reader should
+    compute and changes no weight. Raises OSError when the directory can not be written.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    config = published_config(model.config, dtype, hidden_act)
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if tokenizer is not None:
+        copyfile(tokenizer, directory / "tokenizer.json")
+        special = "<|endoftext|>"
+        names = {"bos_token": special, "eos_token": special, "unk_token": special}
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.seq_len, **names}
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+    parameters = {huggingface_name(name): p.detach() for name, p in model.named_parameters()}
+    sizes = {name: p.numel() * dtype.itemsize for name, p in parameters.items()}
+    shards = shard(sizes)
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        weight_map = {name: file for file, names in zip(files, shards) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    for file, names in zip(files, shards):  # one shard at a time is cast, so memory does not double
+        tensors = {name: parameters[name].to("cpu", dtype).contiguous() for name in names}
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+
+
+def read_config(directory: Path | str) -> Config:
+    """The Config of a Hugging Face directory. Raises UserError when it is missing, damaged or not a GPT-NeoX of our kind."""
+    path = Path(directory) / "config.json"
+    try:
+        stored = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{directory} holds no config.json: not a model directory") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can not be read: {error}") from None
+    if not isinstance(stored, dict) or stored.get("model_type") != "gpt_neox":
+        raise UserError(f"{path} does not describe a gpt_neox model")
+
+    def number(key: str, kind: type = int, default: float | None = None) -> float:
+        value = stored.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != kind(value) or value <= 0:
+            raise UserError(f"{path}: {key} must be a positive {kind.__name__}, not {value!r}")
+        return kind(value)
+
+    rope = stored.get("rope_parameters") or stored.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise UserError(f"{path}: rotary embedding of type {rope.get('rope_type')!r} is not supported")
+    if stored.get("tie_word_embeddings") or stored.get("attention_bias") is False:
+        raise UserError(f"{path}: tied embeddings and attention without bias are not supported")
+    if stored.get("hidden_act", "gelu") not in _GELU:
+        raise UserError(f"{path}: hidden_act must be one of {', '.join(_GELU)}, not {stored['hidden_act']!r}")
+    stored.setdefault("rotary_emb_base", rope.get("rope_theta", 10_000))
+    stored.setdefault("rotary_pct", rope.get("partial_rotary_factor", 0.25))
+    config = Config(
+        name=Path(directory).resolve().name,
+        layers=number("num_hidden_layers"),
+        hidden=number("hidden_size"),
+        heads=number("num_attention_heads"),
+        vocab=number("vocab_size"),
+        seq_len=number("max_position_embeddings", default=2048),
+        ffn_ratio=number("intermediate_size") // number("hidden_size"),
+        rotary_fraction=number("rotary_pct", float),
+        rotary_base=number("rotary_emb_base", float),
+        eps=number("layer_norm_eps", float, 1e-5),
+        gelu=_GELU[stored.get("hidden_act", "gelu")],
+        parallel=bool(stored.get("use_parallel_residual", True)),
+    )
+    if config.hidden % config.heads or config.ffn != stored["intermediate_size"] or config.rotary_dim % 2:
+        raise UserError(f"{path}: hidden_size, num_attention_heads, intermediate_size and rotary_pct do not fit together")
+    for size in SIZES.values():  # keep the recipe of a size of the suite
+        if all(
+            getattr(size, f.name) == getattr(config, f.name)
+            for f in fields(Config)
+            if f.name not in ("name", "lr", "init", "precision", "paper", "gelu")
+        ):
+            return replace(size, gelu=config.gelu)
+    return config
+
+
+def load(directory: Path | str, dtype: torch.dtype = torch.float32) -> Pythia:
+    """A Pythia on the CPU from a Hugging Face directory, its weights cast to dtype and its GELU as config.json says.
+
+    Raises UserError when a file is missing or damaged, or tensors do not fit the configuration. Nothing is unpickled.
+    """
+    directory = Path(directory)
+    with torch.device("meta"):
+        model = Pythia(read_config(directory))
+    ours = {huggingface_name(name): (name, p.shape) for name, p in model.named_parameters()}
+    state: dict[str, Tensor] = {}
+    for file, name, tensor in _tensors(directory):
+        if _BUFFERS.fullmatch(name):
+            continue
+        # transformers 5 calls the unembedding lm_head in memory; files of other writers may keep that name
+        name = "embed_out.weight" if name == "lm_head.weight" else name
+        if name not in ours:
+            raise UserError(f"{file} holds {name}, which a GPT-NeoX of this configuration does not have")
+        our_name, shape = ours[name]
+        if tensor.shape != shape:
+            raise UserError(f"{file}: {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
+        state[our_name] = tensor.to(dtype)
+    if missing := [name for name, (our_name, _) in ours.items() if our_name not in state]:
+        raise UserError(f"{directory} lacks {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(True)
+
+
+def _tensors(directory: Path) -> Iterator[tuple[Path, str, Tensor]]:
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{index} can not be read: {error!r}") from None
+        if any(Path(name).name != name for name in names):
+            raise UserError(f"{index} names a file outside its directory")
+        files = [directory / name for name in names]
+    else:
+        files = [directory / "model.safetensors"]
+    for file in files:
+        if not file.exists():
+            pickled = (directory / "pytorch_model.bin").exists()
+            hint = "; pytorch_model.bin is a pickle and is never read: convert it to safetensors" if pickled else ""
+            raise UserError(f"{file} does not exist{hint}")
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    yield file, name, tensors.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file} is damaged: {error}") from None

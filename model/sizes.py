@@ -1,0 +1,88 @@
+"""The Pythia suite as one table: the shape of every model and what was really used to train it.
+
+Where the paper (Biderman et al. 2023, arXiv:2304.01373), the published configuration files and the models disagree, the
+table holds what the models were trained with, and `paper` says what the paper says.
+"""
+
+from dataclasses import dataclass
+
+VOCAB_USED = 50_277  # ids of the tokenizer; the rest of `vocab` is padding to a multiple of 128 x tensor-parallel ranks
+
+
+@dataclass(frozen=True)
+class Config:
+    """A GPT-NeoX network in the manner of Pythia, and the recipe it is trained by."""
+
+    name: str
+    layers: int
+    hidden: int
+    heads: int
+    vocab: int = 50_304
+    lr: float = 1e-3  # peak; the floor is a tenth of it
+    init: str = "small"  # "small": small_init and wang_init; "normal": GPT-NeoX defaults (Pythia.init_std has both)
+    precision: str = "fp16"  # what the published model was trained in
+    paper: str = ""  # what the paper or the model card says where it differs
+
+    seq_len: int = 2048
+    ffn_ratio: int = 4
+    rotary_fraction: float = 0.25
+    rotary_base: float = 10_000.0
+    eps: float = 1e-5  # of every LayerNorm
+    gelu: str = "tanh"  # as trained; published config.json files evaluate by erf ("none")
+    parallel: bool = True  # attention and MLP read the same residual; False only in GPT-NeoX models outside the suite
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Columns of a head that are rotated: a quarter, rounded down."""
+        return int(self.rotary_fraction * self.head_dim)
+
+    @property
+    def ffn(self) -> int:
+        return self.ffn_ratio * self.hidden
+
+    @property
+    def layer_parameters(self) -> int:
+        """Weights and biases of one layer: two LayerNorms, QKV, attention output, and the two MLP projections."""
+        h, f = self.hidden, self.ffn
+        return 4 * h + (3 * h * h + 3 * h) + (h * h + h) + (f * h + f) + (h * f + h)
+
+    @property
+    def parameters(self) -> int:
+        """All parameters; embedding and unembedding are separate and both padded."""
+        return self.non_embedding_parameters + 2 * self.vocab * self.hidden
+
+    @property
+    def non_embedding_parameters(self) -> int:
+        return self.layers * self.layer_parameters + 2 * self.hidden
+
+    def flops_per_token(self, seq_len: int | None = None, causal: bool = False) -> int:
+        """Floating-point operations to train on one token, forward and backward, without recomputation.
+
+        6 per weight of a matrix product (unembedding counted, embedding not) + 12 x layers x hidden x seq_len for the
+        scores and values of attention (Chowdhery et al. 2022, PaLM, appendix B); half of the latter when only the causal
+        half is credited.
+        """
+        attention = 12 * self.layers * self.hidden * (seq_len or self.seq_len)
+        return 6 * (self.non_embedding_parameters + self.vocab * self.hidden) + attention // (2 if causal else 1)
+
+
+# Common to all: 143,000 steps of 1024 x 2048 tokens, AdamW (0.9, 0.95, 1e-8), weight decay 0.1, clipping at 1.0, seed 1234.
+_LARGE_INIT = "small_init and wang_init (Table 6); the configurations that ran leave both out"
+_TABLE = (
+    Config("14m", layers=6, hidden=128, heads=4, lr=1e-3),
+    Config("31m", layers=6, hidden=256, heads=8, lr=1e-3),
+    Config("70m", layers=6, hidden=512, heads=8, lr=1e-3),
+    Config("160m", layers=12, hidden=768, heads=12, lr=6e-4),
+    Config("410m", layers=24, hidden=1024, heads=16, lr=3e-4),
+    # bfloat16 ran for pythia-1b after an unrecoverable spike in float16; pythia-1b-deduped is float16.
+    Config("1b", layers=16, hidden=2048, heads=8, lr=2.5e-4, precision="bf16", paper="lr 3e-4, float16"),
+    Config("1.4b", layers=24, hidden=2048, heads=16, lr=2e-4),
+    Config("2.8b", layers=32, hidden=2560, heads=32, lr=1.6e-4),
+    Config("6.9b", layers=32, hidden=4096, heads=32, vocab=50_432, lr=1.2e-4, init="normal", paper=_LARGE_INIT),
+    Config("12b", layers=36, hidden=5120, heads=40, vocab=50_688, lr=1.2e-4, init="normal", paper=_LARGE_INIT),
+)
+SIZES: dict[str, Config] = {config.name: config for config in _TABLE}
