@@ -1,12 +1,21 @@
 """A user's mistake is one line: what is wrong, where, and what to do. Anything else keeps its traceback."""
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(Exception):
     """A mistake of the user, or a damaged file: the message is one line that helps."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def run_command(main: Callable[[], None]) -> None:

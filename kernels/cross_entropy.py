@@ -26,10 +26,10 @@ def _softmax_of_chunk(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[
     # Half-precision logits are cast up before the softmax, as in GPT-NeoX v1.0.
     logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
     target_logit = logits.gather(1, targets[:, None])
-    largest, where = logits.max(dim=1, keepdim=True)
+    largest = logits.amax(dim=1, keepdim=True)
     probabilities = torch.softmax(logits, dim=1, out=logits)
     # The largest probability is exp(largest - lse) >= 1 / vocab, so its logarithm is safe where that of p_t is not.
-    lse = largest - probabilities.gather(1, where).log()
+    lse = largest - probabilities.amax(dim=1, keepdim=True).log()
     return (lse - target_logit)[:, 0], probabilities
 
 

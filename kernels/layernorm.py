@@ -6,8 +6,8 @@ A Pythia layer is parallel: attention and MLP read two LayerNorms of the *same* 
     u  = (x' - mean) / sqrt(variance + eps) * weight1 + bias1       for the attention of the next layer
     v  = (x' - mean) / sqrt(variance + eps) * weight2 + bias2       for the MLP of the next layer
 
-with mean and (biased) variance over the hidden dimension. The addition of one layer is joined with the LayerNorms of the
-next because they touch the same numbers. The order of the sum is that of GPT-NeoX.
+with mean and (biased) variance over the hidden dimension. The addition of one layer is joined with the LayerNorms of
+the next because they touch the same numbers. The order of the sum is that of GPT-NeoX.
 """
 
 import torch.nn.functional as F

@@ -36,7 +36,7 @@ SHARD_BYTES = 5_000_000_000  # of one safetensors file, as transformers 4 cuts t
 
 
 def huggingface_name(name: str) -> str:
-    """The name on disk of a parameter of Pythia: "blocks.3.qkv.bias" -> "gpt_neox.layers.3.attention.query_key_value.bias"."""
+    """The name on disk of a parameter: "blocks.3.mlp_in.bias" is "gpt_neox.layers.3.mlp.dense_h_to_4h.bias"."""
     if match := re.fullmatch(r"blocks\.(\d+)\.(\w+)\.(\w+)", name):
         layer, module, kind = match.groups()
         return f"{_NAMES[module].format(layer)}.{kind}"
@@ -126,7 +126,7 @@ def save(
 
 
 def read_config(directory: Path | str) -> Config:
-    """The Config of a Hugging Face directory. Raises UserError when it is missing, damaged or not a GPT-NeoX of our kind."""
+    """The Config of a Hugging Face directory. Raises UserError when there is none, or not of a GPT-NeoX of our kind."""
     path = Path(directory) / "config.json"
     try:
         stored = json.loads(path.read_text())
@@ -167,7 +167,7 @@ def read_config(directory: Path | str) -> Config:
         parallel=bool(stored.get("use_parallel_residual", True)),
     )
     if config.hidden % config.heads or config.ffn != stored["intermediate_size"] or config.rotary_dim % 2:
-        raise UserError(f"{path}: hidden_size, num_attention_heads, intermediate_size and rotary_pct do not fit together")
+        raise UserError(f"{path}: hidden_size, num_attention_heads, intermediate_size and rotary_pct do not fit")
     for size in SIZES.values():  # keep the recipe of a size of the suite
         if all(
             getattr(size, f.name) == getattr(config, f.name)
@@ -198,7 +198,7 @@ def load(directory: Path | str, dtype: torch.dtype = torch.float32) -> Pythia:
         our_name, shape = ours[name]
         if tensor.shape != shape:
             raise UserError(f"{file}: {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
-        state[our_name] = tensor.to(dtype)
+        state[our_name] = tensor.to(dtype, copy=True)  # not a view on the file
     if missing := [name for name, (our_name, _) in ours.items() if our_name not in state]:
         raise UserError(f"{directory} lacks {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
     model.load_state_dict(state, assign=True)

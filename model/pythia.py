@@ -55,26 +55,23 @@ class Norm(nn.Module):
 
 
 class KVCache:
-    """Rotated keys and values of the tokens so far, [layers, batch, heads, capacity, head_dim] each, for generation."""
+    """Rotated keys, and values, of the tokens that one layer has seen: [batch, heads, capacity, head_dim] each."""
 
-    def __init__(self, config: Config, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
-        shape = (config.layers, batch, config.heads, capacity, config.head_dim)
-        self.k = torch.empty(shape, dtype=dtype, device=device)
-        self.v = torch.empty(shape, dtype=dtype, device=device)
-        self.length = 0  # tokens every layer has seen
-        self.capacity = capacity
+    def __init__(self, config: Config, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str):
+        self.k = torch.empty((batch, config.heads, capacity, config.head_dim), dtype=dtype, device=device)
+        self.v = torch.empty_like(self.k)
+        self.length = 0
 
-    def attend(self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def attend(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Attention of new tokens, qkv [batch, seq, heads, 3, head_dim], to themselves and to all before them."""
         q, k, v = qkv.unbind(3)
         old, new = self.length, self.length + qkv.shape[1]
-        self.k[layer, :, :, old:new] = rotate(k, cos, sin).transpose(1, 2)
-        self.v[layer, :, :, old:new] = v.transpose(1, 2)
-        visible = torch.ones(new - old, new, dtype=torch.bool, device=qkv.device).tril(diagonal=old)
-        out = F.scaled_dot_product_attention(
-            rotate(q, cos, sin).transpose(1, 2), self.k[layer, :, :, :new], self.v[layer, :, :, :new], attn_mask=visible
-        )
-        return out.transpose(1, 2)  # [batch, seq, heads, head_dim]
+        self.k[:, :, old:new] = rotate(k, cos, sin).transpose(1, 2)
+        self.v[:, :, old:new] = v.transpose(1, 2)
+        self.length = new
+        q, k, v = rotate(q, cos, sin).transpose(1, 2), self.k[:, :, :new], self.v[:, :, :new]
+        visible = torch.ones(new - old, new, dtype=torch.bool, device=q.device).tril(diagonal=old)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2)
 
 
 class Block(nn.Module):
@@ -88,9 +85,10 @@ class Block(nn.Module):
         self.mlp_in = Projection(config.hidden, config.ffn)
         self.mlp_out = Projection(config.ffn, config.hidden)
 
-    def attention(self, u: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int) -> Tensor:
-        qkv = self.qkv(u).unflatten(-1, (self.config.heads, 3, self.config.head_dim))  # [batch, seq, heads, 3, head_dim]
-        out = rotary_attention(qkv, cos, sin) if cache is None else cache.attend(layer, qkv, cos, sin)
+    def attention(self, u: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        heads, head_dim = self.config.heads, self.config.head_dim
+        qkv = self.qkv(u).unflatten(-1, (heads, 3, head_dim))  # [batch, seq, heads, 3, head_dim]
+        out = rotary_attention(qkv, cos, sin) if cache is None else cache.attend(qkv, cos, sin)
         return self.attn_out(out.flatten(-2))  # [batch, seq, hidden]
 
     def mlp(self, v: Tensor) -> Tensor:
@@ -105,15 +103,14 @@ class Block(nn.Module):
         cos: Tensor,
         sin: Tensor,
         cache: KVCache | None = None,
-        layer: int = 0,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The summands of the residual stream, [batch, seq, hidden] each, before and after the layer."""
         norm1, norm2, eps = self.norm1.as_dtype(x.dtype), self.norm2.as_dtype(x.dtype), self.config.eps
         if self.config.parallel:
             x, u, v = add_dual_layer_norm(x, attn, mlp, *norm1, *norm2, eps)
-            return x, self.attention(u, cos, sin, cache, layer), self.mlp(v)
+            return x, self.attention(u, cos, sin, cache), self.mlp(v)
         x, u = add_layer_norm(x, attn, mlp, *norm1, eps)
-        x, v = add_layer_norm(x, self.attention(u, cos, sin, cache, layer), None, *norm2, eps)
+        x, v = add_layer_norm(x, self.attention(u, cos, sin, cache), None, *norm2, eps)
         return x, None, self.mlp(v)
 
 
@@ -137,22 +134,26 @@ class Pythia(nn.Module):
             self.init_weights(seed)
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, reduction: str = "mean", cache: KVCache | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        reduction: str = "mean",
+        caches: list[KVCache] | None = None,
     ) -> Tensor:
         """Logits [batch, seq, vocab] of tokens [batch, seq], or, given targets [batch, seq], the cross-entropy in nats:
-        its mean, or with reduction "none" that of every token [batch, seq]. With a cache, tokens go on where it ends."""
-        start = 0 if cache is None else cache.length
+        its mean, or with reduction "none" that of every token [batch, seq]. With caches, one a
+        layer, tokens go on where they end.
+        """
+        start = caches[0].length if caches else 0
         end = start + tokens.shape[1]
         x = F.embedding(tokens, self.embed)
         x = x.to(self.compute_dtype or x.dtype)  # [batch, seq, hidden]
         cos, sin = _tables(self.config, max(end, self.config.seq_len), x.dtype, x.device)
         cos, sin = cos[start:end], sin[start:end]
         attn = mlp = None
-        for layer, block in enumerate(self.blocks):
-            x, attn, mlp = block(x, attn, mlp, cos, sin, cache, layer)
+        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
+            x, attn, mlp = block(x, attn, mlp, cos, sin, cache)
         _, x = add_layer_norm(x, attn, mlp, *self.final_norm.as_dtype(x.dtype), self.config.eps)
-        if cache is not None:
-            cache.length = end
         if targets is None:
             return F.linear(x, self.unembed.to(x.dtype))
         loss = linear_cross_entropy(x.flatten(0, 1), self.unembed, targets.flatten(), reduction)
@@ -162,9 +163,9 @@ class Pythia(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Draw every parameter as Pythia did (the numbers themselves came from GPUs and can not be had from a seed).
 
-            biases                                   0
-            LayerNorm                                weight 1, bias 0
-            matrices                                 normal, with the deviation of init_std
+        biases                                   0
+        LayerNorm                                weight 1, bias 0
+        matrices                                 normal, with the deviation of init_std
         """
         for name, parameter in self.named_parameters():
             parameter.copy_(torch.from_numpy(initial_rows(self.config, name, tuple(parameter.shape), seed)))

@@ -63,14 +63,14 @@ class Config:
         """Floating-point operations to train on one token, forward and backward, without recomputation.
 
         6 per weight of a matrix product (unembedding counted, embedding not) + 12 x layers x hidden x seq_len for the
-        scores and values of attention (Chowdhery et al. 2022, PaLM, appendix B); half of the latter when only the causal
-        half is credited.
+        scores and values of attention (Chowdhery et al. 2022, PaLM, appendix B); half of the latter when only the
+        causal half is credited.
         """
         attention = 12 * self.layers * self.hidden * (seq_len or self.seq_len)
         return 6 * (self.non_embedding_parameters + self.vocab * self.hidden) + attention // (2 if causal else 1)
 
 
-# Common to all: 143,000 steps of 1024 x 2048 tokens, AdamW (0.9, 0.95, 1e-8), weight decay 0.1, clipping at 1.0, seed 1234.
+# Common to all: 143,000 steps of 1024 x 2048 tokens, AdamW (0.9, 0.95, 1e-8), weight decay 0.1, clipping at 1.
 _LARGE_INIT = "small_init and wang_init (Table 6); the configurations that ran leave both out"
 _TABLE = (
     Config("14m", layers=6, hidden=128, heads=4, lr=1e-3),

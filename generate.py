@@ -1,0 +1,89 @@
+"""Text from a checkpoint: a Tripod stepN, or any Hugging Face directory of a Pythia.
+
+python generate.py --checkpoint runs/pythia-14m/step60 --prompt "def "
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+
+from errors import Parser, UserError, run_command
+from model import KVCache, Pythia
+from model.huggingface import load
+from prepare import load_tokenizer
+
+END_OF_TEXT = 0
+
+
+@torch.inference_mode()
+def generate(
+    model: Pythia, prompt: list[int], tokens: int, temperature: float = 1.0, top_k: int = 0, seed: int = 1234
+) -> Iterator[int]:
+    """Yield up to `tokens` ids that follow the prompt, ending before <|endoftext|> (id 0).
+
+    temperature 0 takes the likeliest id each time; top_k > 0 draws among the k likeliest only. The same seed draws the
+    same text on the same machine.
+    """
+    parameter = model.embed
+    generator = torch.Generator(parameter.device).manual_seed(seed)
+    capacity = len(prompt) + tokens
+    caches = [
+        KVCache(model.config, 1, capacity, model.compute_dtype or parameter.dtype, parameter.device)
+        for _ in model.blocks
+    ]
+    ids = torch.tensor([prompt], device=parameter.device)  # [1, new tokens]
+    for _ in range(tokens):
+        logits = model(ids, caches=caches)[0, -1].float()  # [vocab]
+        ids = sample(logits, temperature, top_k, generator).view(1, 1)
+        if ids.item() == END_OF_TEXT:
+            return
+        yield ids.item()
+
+
+def sample(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
+    """One id, drawn from softmax(logits / temperature) over the top_k largest logits [vocab]."""
+    if temperature == 0:
+        return logits.argmax()
+    if 0 < top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
+    return torch.multinomial((logits / temperature).softmax(0), 1, generator=generator)[0]
+
+
+def main() -> None:
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="directory with config.json and model.safetensors"
+    )
+    parser.add_argument("--prompt", required=True, help="the text to go on from; empty starts a new document")
+    parser.add_argument("--tokens", type=int, default=200, help="how many at most (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
+    parser.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest tokens (default: all)")
+    parser.add_argument("--seed", type=int, default=1234, help="of the drawing (default: %(default)s)")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json, where the checkpoint has none")
+    args = parser.parse_args()
+    if args.tokens < 1 or args.temperature < 0 or args.top_k < 0:
+        raise UserError("--tokens must be positive, --temperature and --top-k not negative")
+
+    model = load(args.checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
+    path = args.tokenizer or args.checkpoint / "tokenizer.json"
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give the tokenizer.json of the training data with --tokenizer")
+    tokenizer = load_tokenizer(path)
+    prompt = tokenizer.encode(args.prompt).ids or [END_OF_TEXT]
+    if max(prompt) >= model.config.vocab:
+        raise UserError(f"{path} gives id {max(prompt)}, the model has {model.config.vocab}: not its tokenizer")
+    if len(prompt) + args.tokens > model.config.seq_len:
+        print(f"note: longer than the {model.config.seq_len} tokens the model was trained on", file=sys.stderr)
+    print(args.prompt, end="", flush=True)
+    stream = DecodeStream(skip_special_tokens=True)  # holds back a character until all its bytes are there
+    for token in generate(model, prompt, args.tokens, args.temperature, args.top_k, args.seed):
+        print(stream.step(tokenizer, token) or "", end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    run_command(main)

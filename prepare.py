@@ -1,0 +1,319 @@
+"""Text -> PREFIX.bin, PREFIX.idx, PREFIX.tokenizer.json, in memory that does not depend on how much text there is.
+
+How text travels: file -> documents -> chunks of a document -> pieces cut where no token can lie across -> groups of
+pieces encoded on all cores -> ids, with id 0 after each document, as Pythia's data has it (encode, append
+<|endoftext|>, nothing in front).
+"""
+
+import codecs
+import io
+import json
+import os
+import re
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import zstandard
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tqdm import tqdm
+
+from data import DTYPES, HEADER, MAGIC, IndexedTokens
+from errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"  # id 0 in all of Pythia's data
+CHUNK = 1 << 17  # bytes read, or characters of a document looked at, at once
+GROUP = 1 << 20  # characters encoded at once; an encoded character can take 100 bytes until it is written
+INDEX_BLOCK = 1 << 20  # documents
+
+DEMO_BYTES = 8_000_000
+# Tests, what is not the library's own, packages that some installations lack, and long generated tables.
+DEMO_WITHOUT = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo", "ensurepip"}
+DEMO_WITHOUT |= {"encodings", "pydoc_data", "__pycache__"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+def byte_tokenizer() -> Tokenizer:
+    """The GPT-NeoX-20B tokenizer of Pythia without its merges, built from nothing: a token a byte.
+
+    0 <|endoftext|>, 1 <|padding|>, 2 .. 244 the bytes that occur in UTF-8 (never C0, C1, F5 .. FF), by the code point
+    of the character that GPT-2 writes for them. Each of these ids is the id of the same token in Pythia's tokenizer.
+    """
+    never = {chr(byte) for byte in (0xC0, 0xC1, *range(0xF5, 0x100))}  # GPT-2 writes these as themselves
+    tokens = [END_OF_TEXT, "<|padding|>", *sorted({*pre_tokenizers.ByteLevel.alphabet()} - never)]
+    tokenizer = Tokenizer(models.BPE(vocab={token: id for id, token in enumerate(tokens)}, merges=[]))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(tokens[:2])
+    return tokenizer
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """A tokenizer.json, or UserError."""
+    try:
+        return Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise UserError(f"{path}: not a readable tokenizer.json ({str(error).splitlines()[0]})") from None
+
+
+def can_cut(tokenizer: Tokenizer) -> bool:
+    """Whether text may be cut before white space that follows something else, without a change to its tokens.
+
+    The byte-level pre-tokenizer of GPT-2 splits there in any case: its pattern has white space only at the front of a
+    pre-token. NFC composes nothing with a space or newline. An added token must neither contain such a place nor eat
+    the white space beside it. Other tokenizers (Llama 3: punctuation keeps its newline) get each document in one piece.
+    """
+    spec = json.loads(tokenizer.to_str())
+    splitter, normalizer = spec["pre_tokenizer"] or {}, spec["normalizer"] or {"type": "NFC"}
+    return (
+        splitter.get("type") == "ByteLevel"
+        and splitter.get("use_regex", True)
+        and not splitter["add_prefix_space"]
+        and normalizer["type"] == "NFC"
+        and not any(t["lstrip"] or t["rstrip"] or re.search(r"\S\s", t["content"]) for t in spec["added_tokens"])
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+def read_text(path: Path, file: BinaryIO) -> Iterator[str]:
+    """A whole file as one document, in chunks."""
+    decoder, start = codecs.getincrementaldecoder("utf-8")(), 0
+    while True:
+        chunk = file.read(CHUNK)
+        held = len(decoder.getstate()[0])  # bytes of a character that the last chunk cut
+        try:
+            yield decoder.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: byte {start - held + error.start} is not UTF-8; convert the file") from None
+        if not chunk:
+            return
+        start += len(chunk)
+
+
+def zst_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
+    """Lines of a .zst of any number of frames. Unlike zstandard's own reader, says when the file ends too early."""
+    rest, frame = b"", None
+    try:
+        while chunk := file.read(CHUNK):
+            while chunk:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                *lines, rest = (rest + frame.decompress(chunk)).split(b"\n")
+                yield from lines
+                chunk = frame.unused_data
+                frame = None if frame.eof else frame
+    except zstandard.ZstdError as error:
+        raise UserError(f"{path}: damaged near byte {file.tell()} ({error}); fetch it again") from None
+    if frame:
+        raise UserError(f"{path}: truncated, the last frame does not end; fetch it again")
+    if rest:
+        yield rest
+
+
+def read_jsonl(path: Path, lines: Iterable[bytes]) -> Iterator[str]:
+    """The documents of a .jsonl."""
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line.decode())["text"]
+            text.encode()  # json lets halves of surrogate pairs through, which are no text
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise UserError(f'{path}: line {number} is not {{"text": "..."}} in UTF-8; correct or remove it') from None
+        yield text
+
+
+def documents(path: Path, file: BinaryIO) -> Iterator[Iterable[str]]:
+    """The documents of a file, each as chunks of text."""
+    if path.name.endswith((".jsonl", ".jsonl.zst")):
+        lines = zst_lines(path, file) if path.suffix == ".zst" else file
+        for text in read_jsonl(path, lines):
+            yield (text[start : start + CHUNK] for start in range(0, len(text), CHUNK))
+    else:
+        yield read_text(path, file)
+
+
+def pieces(chunks: Iterable[str], cut: bool) -> Iterator[tuple[str, bool]]:
+    """A document as (piece, whether it is the last); nothing if the document is empty."""
+    held, last = [], ""  # `last` is not cut before it is known that more text follows
+    for chunk in chunks:
+        match = re.match(r".*\S(?=[ \n])", last, re.DOTALL) if cut else None
+        if match:
+            yield "".join([*held, match[0]]), False
+            held, last = [], last[match.end() :]
+        held.append(last)
+        last = chunk
+    if text := "".join([*held, last]):
+        yield text, True
+
+
+class WatchedFile(io.FileIO):
+    """A file (or pipe) that moves a progress bar as it is read."""
+
+    def __init__(self, path: Path, bar: tqdm):
+        super().__init__(path)
+        self.bar = bar
+
+    def readinto(self, buffer) -> int:
+        count = super().readinto(buffer)
+        self.bar.update(count)
+        return count
+
+
+def groups(inputs: list[Path], cut: bool) -> Iterator[list[tuple[str, bool]]]:
+    """The pieces of all documents in groups of about GROUP characters, with a progress bar over the bytes read."""
+    group, characters = [], 0
+    total = sum(path.stat().st_size for path in inputs)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="preparing", disable=None, leave=False) as bar:
+        for path in inputs:
+            with io.BufferedReader(WatchedFile(path, bar), CHUNK) as file:
+                for document in documents(path, file):
+                    for piece, last in pieces(document, cut):
+                        group.append((piece, last))
+                        characters += len(piece)
+                        if characters >= GROUP:
+                            yield group
+                            group, characters = [], 0
+    yield group
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def finish_index(file: BinaryIO, dtype: np.dtype) -> int:
+    """Complete an .idx of which there is a gap for the header and the sizes; returns the number of documents.
+
+    Each document is one sequence, so the marks are 0 .. n. Block by block, as sizes may be more than fit into memory.
+    """
+    n = (file.seek(0, os.SEEK_END) - HEADER.size) // 4
+    begin = 0  # byte of the .bin
+    for start in range(0, n, INDEX_BLOCK):
+        file.seek(HEADER.size + 4 * start)
+        sizes = np.frombuffer(file.read(4 * min(INDEX_BLOCK, n - start)), "<i4")
+        ends = begin + np.cumsum(sizes, dtype="<i8") * dtype.itemsize
+        file.seek(HEADER.size + 4 * n + 8 * start)
+        file.write((ends - sizes.astype("<i8") * dtype.itemsize).tobytes())
+        begin = int(ends[-1])
+    file.seek(HEADER.size + 12 * n)
+    for start in range(0, n + 1, INDEX_BLOCK):
+        file.write(np.arange(start, min(start + INDEX_BLOCK, n + 1), dtype="<i8").tobytes())
+    code = next(code for code, known in DTYPES.items() if known == dtype)
+    file.seek(0)
+    file.write(HEADER.pack(MAGIC, 1, code, n, n + 1))
+    return n
+
+
+def write_tokens(bin: BinaryIO, idx: BinaryIO, tokenizer: Tokenizer, inputs: list[Path], dtype: np.dtype) -> int:
+    """Encode all inputs into a .bin and an .idx; returns the number of documents."""
+    idx.write(bytes(HEADER.size))
+    size = 0  # tokens so far of a document that may have begun in an earlier group
+    for group in groups(inputs, can_cut(tokenizer)):
+        encoded = tokenizer.encode_batch_fast([piece for piece, _ in group], add_special_tokens=False)
+        sizes = []
+        for (_, last), encoding in zip(group, encoded):
+            ids = np.array(encoding.ids + [0] * last, dtype)
+            bin.write(ids.tobytes())
+            size += len(ids)
+            if last:
+                sizes.append(size)
+                size = 0
+        if max(sizes, default=0) > 2**31 - 1:
+            raise UserError(f"a document of {max(sizes)} tokens is too long for the format; split it")
+        idx.write(np.array(sizes, "<i4").tobytes())
+    return finish_index(idx, dtype)
+
+
+def prepare(
+    inputs: list[str | Path], out: str | Path, tokenizer: str | Path | None = None, workers: int | None = None
+) -> IndexedTokens:
+    """Write inputs as the data set `out`: PREFIX.bin, PREFIX.idx, PREFIX.tokenizer.json. Returns it as read back.
+
+    inputs     .jsonl and .jsonl.zst with one {"text": ...} a line; any other file is one document; no empty ones
+    tokenizer  a tokenizer.json with <|endoftext|> as id 0; None: byte_tokenizer()
+    workers    threads that encode; None: one per core
+
+    The files appear when they are whole, the index last; nothing is overwritten. UserError for what cannot be used.
+    """
+    inputs = [Path(path) for path in inputs]
+    names = [Path(f"{out}{suffix}") for suffix in (".tokenizer.json", ".bin", ".idx")]
+    for path in names:
+        if path.exists():
+            raise UserError(f"{path} exists; choose another --out or delete it")
+    if not names[0].parent.is_dir():
+        raise UserError(f"{names[0].parent} is not a directory; create it first")
+    for path in inputs:
+        if path.is_dir():
+            raise UserError(f"{path} is a directory; name the files in it")
+        if not path.exists():
+            raise UserError(f"{path}: no such file")
+    if workers is not None:
+        if workers < 1:
+            raise UserError(f"--workers {workers} must be at least 1")
+        os.environ["RAYON_NUM_THREADS"] = str(workers)  # read by tokenizers at its first use in this process
+
+    encoder = load_tokenizer(tokenizer) if tokenizer else byte_tokenizer()
+    if encoder.id_to_token(0) != END_OF_TEXT:
+        raise UserError(f"{tokenizer}: id 0 is {encoder.id_to_token(0)!r}, but documents end with {END_OF_TEXT} = 0")
+    text = Path(tokenizer).read_text(encoding="utf-8") if tokenizer else encoder.to_str()
+    encoder.no_padding()
+    encoder.no_truncation()
+    vocab = max(encoder.get_vocab().values()) + 1
+    dtype = np.dtype("<u2" if vocab < 65500 else "<i4")  # GPT-NeoX v1.0's rule
+
+    building = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in names]
+    try:
+        with open(building[0], "wb") as tokens_of, open(building[1], "wb") as bin, open(building[2], "w+b") as idx:
+            tokens_of.write(text.encode())
+            if not write_tokens(bin, idx, encoder, inputs, dtype):
+                raise UserError(f"{', '.join(map(str, inputs))}: no text in there; nothing was written")
+            for file in (tokens_of, bin, idx):
+                file.flush()
+                os.fsync(file.fileno())
+        for temporary, path in zip(building, names):
+            temporary.rename(path)
+    except OSError as error:
+        raise UserError(f"{error.filename or out}: {error.strerror}; nothing was written") from None
+    finally:
+        for temporary in building:
+            temporary.unlink(missing_ok=True)
+    return IndexedTokens(out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The demo corpus
+
+
+def demo(directory: str | Path = "runs") -> Path:
+    """The prefix of the demo corpus, built at its first use: the source of this Python's standard library, a token a
+    byte, each file a document. Real text that is on every machine. UserError if it is not on this one."""
+    prefix = Path(directory) / "demo"
+    if Path(f"{prefix}.idx").exists():
+        return prefix
+    library = Path(sysconfig.get_paths()["stdlib"])
+    inputs, size = [], 0
+    for path in sorted(library.rglob("*.py")):
+        if DEMO_WITHOUT.isdisjoint(path.relative_to(library).parts) and size < DEMO_BYTES:
+            try:
+                size += len(path.read_text(encoding="utf-8").encode())
+            except (UnicodeDecodeError, OSError):
+                continue
+            inputs.append(path)
+    if size < 1_000_000:
+        raise UserError(f"{library}: no source of Python's standard library for the demo corpus; give --data PREFIX")
+    print(f"building {prefix}: {len(inputs)} files of Python's standard library, {size / 1e6:.1f} MB", file=sys.stderr)
+    try:
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{prefix.parent}: {error.strerror}; the demo corpus is built there") from None
+    prepare(inputs, prefix)
+    return prefix

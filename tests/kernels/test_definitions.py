@@ -1,0 +1,191 @@
+"""The plain-torch definitions against formulas written out in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels import add_dual_layer_norm, add_layer_norm, bias_gelu, linear_cross_entropy, rotary_attention
+from kernels.attention import rotary_tables
+from kernels.cross_entropy import CHUNK
+
+
+def brute_force_attention(qkv, base, rotary_dim):
+    """Attention by loops over batch, head and position, from the formulas at the top of kernels/attention.py."""
+    batch, seq, heads, _, head_dim = qkv.shape
+    half = rotary_dim // 2
+    out = torch.zeros(batch, seq, heads, head_dim, dtype=qkv.dtype)
+
+    def rotated(x, position):
+        x = x.clone()
+        for i in range(half):
+            angle = position * base ** (-i / half)
+            a, b = x[i].clone(), x[i + half].clone()
+            x[i] = a * math.cos(angle) - b * math.sin(angle)
+            x[i + half] = b * math.cos(angle) + a * math.sin(angle)
+        return x
+
+    for b in range(batch):
+        for h in range(heads):
+            for p in range(seq):
+                q = rotated(qkv[b, p, h, 0], p)
+                scores = [q @ rotated(qkv[b, s, h, 1], s) / math.sqrt(head_dim) for s in range(p + 1)]
+                weights = torch.softmax(torch.stack(scores), 0)
+                out[b, p, h] = sum(w * qkv[b, s, h, 2] for s, w in enumerate(weights))
+    return out
+
+
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(32, 8), (80, 20), (8, 8)])
+def test_rotary_attention_is_the_formula(head_dim, rotary_dim):
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 7, 3, 3, head_dim, dtype=torch.float64)
+    cos, sin = rotary_tables(7, rotary_dim, 10_000.0, torch.float64, "cpu")
+    torch.testing.assert_close(
+        rotary_attention(qkv, cos, sin), brute_force_attention(qkv, 10_000.0, rotary_dim), rtol=0, atol=1e-13
+    )
+
+
+def test_rotary_tables_keep_far_positions_apart():
+    """GPT-NeoX v1.0 formed the angles in half precision, where positions near 2048 coincide."""
+    cos, sin = rotary_tables(2048, 32, 10_000.0, torch.float32, "cpu")
+    exact = torch.tensor(2047.0, dtype=torch.float64)
+    assert abs(cos[2047, 0].item() - exact.cos().item()) < 1e-7
+    assert abs(sin[2047, 0].item() - exact.sin().item()) < 1e-7
+    assert len(torch.unique(cos[:, -1])) > 2000
+
+
+def test_half_precision_is_rotated_in_float32():
+    torch.manual_seed(0)
+    qkv = torch.randn(1, 64, 2, 3, 32, dtype=torch.bfloat16)
+    cos, sin = rotary_tables(64, 8, 10_000.0, torch.float32, "cpu")
+    out = rotary_attention(qkv, cos, sin)
+    assert out.dtype == torch.bfloat16
+    exact = rotary_attention(qkv.double(), cos.double(), sin.double())
+    assert (out - exact).abs().max() < 2e-2
+
+
+def test_attention_refuses_shapes_that_do_not_fit():
+    cos, sin = rotary_tables(4, 8, 10_000.0, torch.float32, "cpu")
+    with pytest.raises(ValueError, match=r"\[batch, seq, heads, 3, head_dim\]"):
+        rotary_attention(torch.zeros(1, 4, 2, 32), cos, sin)
+    with pytest.raises(ValueError, match="seq = 5"):
+        rotary_attention(torch.zeros(1, 5, 2, 3, 32), cos, sin)
+
+
+def layer_norm(x, weight, bias, eps):
+    mean = x.mean(-1, keepdim=True)
+    variance = ((x - mean) ** 2).mean(-1, keepdim=True)
+    return (x - mean) / (variance + eps).sqrt() * weight + bias
+
+
+def test_add_dual_layer_norm_is_the_formula():
+    torch.manual_seed(0)
+    x, attn, mlp = torch.randn(3, 2, 5, 16, dtype=torch.float64) * 3
+    w1, b1, w2, b2 = torch.randn(4, 16, dtype=torch.float64)
+    total, u, v = add_dual_layer_norm(x, attn, mlp, w1, b1, w2, b2, 1e-5)
+    torch.testing.assert_close(total, x + attn + mlp, rtol=0, atol=1e-14)
+    torch.testing.assert_close(u, layer_norm(x + attn + mlp, w1, b1, 1e-5), rtol=0, atol=1e-13)
+    torch.testing.assert_close(v, layer_norm(x + attn + mlp, w2, b2, 1e-5), rtol=0, atol=1e-13)
+    total, u = add_layer_norm(x, None, None, w1, b1, 1e-5)
+    torch.testing.assert_close(total, x, rtol=0, atol=0)
+    torch.testing.assert_close(u, layer_norm(x, w1, b1, 1e-5), rtol=0, atol=1e-13)
+    torch.testing.assert_close(add_layer_norm(x, attn, None, w1, b1)[0], x + attn, rtol=0, atol=0)
+
+
+def test_residual_sum_has_the_order_of_gpt_neox():
+    """x + (attn + mlp): in float16 another order gives another number."""
+    x, attn, mlp = (torch.tensor([v], dtype=torch.float16) for v in (2048.0, 1.0, 1.0))
+    one = torch.ones(1, dtype=torch.float16)
+    assert add_layer_norm(x, attn, mlp, one, one)[0].item() == 2050.0  # (2048 + 1) + 1 rounds to 2048
+
+
+def test_layer_norm_refuses_unequal_shapes():
+    with pytest.raises(ValueError, match="mlp must have the shape of x"):
+        add_layer_norm(torch.zeros(2, 4), torch.zeros(2, 4), torch.zeros(4), torch.ones(4), torch.zeros(4))
+
+
+def test_bias_gelu_is_the_formula():
+    h, bias = torch.linspace(-6, 6, 101, dtype=torch.float64), torch.full((101,), 0.25, dtype=torch.float64)
+    x = h + bias
+    exact = x * 0.5 * (1 + torch.special.erf(x / math.sqrt(2)))
+    tanh = x * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    torch.testing.assert_close(bias_gelu(h, bias, "none"), exact, rtol=0, atol=1e-14)
+    torch.testing.assert_close(bias_gelu(h, bias), tanh, rtol=0, atol=1e-14)
+    assert 4e-4 < (exact - tanh).abs().max() < 4.8e-4
+    with pytest.raises(ValueError, match="bias must be"):
+        bias_gelu(h, bias[:3])
+
+
+@pytest.mark.parametrize("tokens", [1, 5, CHUNK - 1, CHUNK, 2 * CHUNK + 3])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_linear_cross_entropy_is_cross_entropy(tokens, reduction):
+    torch.manual_seed(tokens)
+    hidden = torch.randn(tokens, 24, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(301, 24, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 301, (tokens,))
+    upstream = torch.randn(tokens, dtype=torch.float64) if reduction == "none" else torch.tensor(0.7).double()
+    loss = linear_cross_entropy(hidden, weight, targets, reduction)
+    gradients = torch.autograd.grad(loss, (hidden, weight), upstream)
+    expected = F.cross_entropy(hidden @ weight.T, targets, reduction=reduction)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected, (hidden, weight), upstream)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_linear_cross_entropy_in_narrow_types(dtype, tolerance):
+    """The gradient is that of float64 on the rounded inputs, up to the rounding of the type; that of a float32 weight
+    is accumulated in float32."""
+    torch.manual_seed(0)
+    hidden = torch.randn(2 * CHUNK, 64).to(dtype).requires_grad_()
+    weight = (torch.randn(997, 64) * 0.2).to(dtype).float().requires_grad_()
+    targets = torch.randint(0, 997, (2 * CHUNK,))
+    loss = linear_cross_entropy(hidden, weight, targets)
+    loss.backward()
+    h64, w64 = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    exact = F.cross_entropy(h64 @ w64.T, targets)
+    exact.backward()
+    assert loss.dtype == torch.float32
+    assert abs(loss.item() - exact.item()) < tolerance
+    assert weight.grad.dtype == torch.float32
+    assert hidden.grad.dtype == dtype
+    for ours, theirs in ((hidden.grad, h64.grad), (weight.grad, w64.grad)):
+        assert (ours - theirs).norm() / theirs.norm() < tolerance
+
+
+def test_small_gradients_survive_float16():
+    """1 / tokens and the probability of a rare token multiply to less than float16 can hold: the loss scale must act
+    before they are rounded, not after."""
+    hidden = torch.randn(CHUNK, 8).half().requires_grad_()
+    weight = torch.zeros(50_000, 8, requires_grad=True)  # uniform: every probability is 2e-5, 2e-8 after the mean
+    (linear_cross_entropy(hidden, weight, torch.zeros(CHUNK, dtype=torch.long)) * 4096).backward()
+    expected = 4096 / CHUNK / 50_000 * hidden.detach().float().sum(0)
+    torch.testing.assert_close(weight.grad[7], expected, rtol=2e-2, atol=1e-6)
+
+
+def test_extreme_logits_give_finite_losses():
+    """The target may be far below float32's smallest probability; the loss is still the logit's distance."""
+    weight = torch.tensor([[300.0], [0.0], [-300.0]], requires_grad=True)
+    losses = linear_cross_entropy(torch.ones(3, 1), weight, torch.tensor([0, 1, 2]), "none")
+    assert losses.tolist() == [0.0, 300.0, 600.0]
+
+
+def test_loss_without_gradient_and_a_second_backward():
+    hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(16, 8)
+    targets = torch.tensor([1, 2, 3, 4])
+    with torch.no_grad():
+        assert not linear_cross_entropy(hidden, weight, targets).requires_grad
+    loss = linear_cross_entropy(hidden, weight, targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_cross_entropy_refuses_shapes_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"\[tokens, hidden\]"):
+        linear_cross_entropy(torch.zeros(2, 3), torch.zeros(5, 4), torch.zeros(2, dtype=torch.long))
+    with pytest.raises(ValueError, match="targets must be"):
+        linear_cross_entropy(torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(3, dtype=torch.long))
+    with pytest.raises(ValueError, match="reduction"):
+        linear_cross_entropy(torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, dtype=torch.long), "sum")

@@ -1,0 +1,476 @@
+"""Text -> tokens: ids, streaming and cutting against the tokenizer applied to each whole document, and bad input."""
+
+import json
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+import data
+import prepare
+from data import IndexedTokens
+from errors import UserError
+from prepare import byte_tokenizer
+
+REPO = Path(__file__).resolve().parents[1]
+
+# Scripts with and without spaces, combining marks that NFC composes (e + U+0301, Hangul jamo), runs of spaces for which
+# Pythia's tokenizer has added tokens, every kind of white space, emoji with joiners, NUL, and a literal <|endoftext|>.
+ODD = [
+    "plain words, don't they'll  two   three     spaces\n\n\ttabs \t mixed \n end",
+    "cafe\u0301 nai\u0308ve A\u030a\u0301 \u1112\u1161\u11ab \u212b \u0344\n\u0301starts a line\n \u0301 x",
+    "日本語の文章。改行\nする。\n\n한국어 문장\nрусский текст עברית ไทย\u200bไม่มี",
+    "a\u00a0b\u2003c\u2028d\u3000e\x85f\x0bg\x0ch\x1ci\x1dj\r\nk\rl\u180em\u200bn\ufeffo",
+    "😀👩\u200d👩\u200d👧 \U0001f3f3\ufe0f\u200d\U0001f308\n\x00NUL\x00\n<|endoftext|> and <|padding|>\n<|endoftext|>",
+    "    def f(x):\n        return x  # comment\n\n\n" * 3 + "no newline at the end",
+    " ",
+    "\n",
+    "\n\n leading",
+    "x" * 300,
+    "\U0010ffff\ue000\ufffd ~\x7f",
+]
+
+
+def random_text(rng, length):
+    alphabet = [
+        *"ab.!'  \n\n\t1é",
+        "e\u0301",
+        "\u0301",
+        "日",
+        "\u00a0",
+        "\x1c",
+        "😀",
+        "'ll",
+        "      ",
+        "\r\n",
+        "<|endoftext|>",
+    ]
+    return "".join(alphabet[i] for i in rng.integers(0, len(alphabet), length))
+
+
+def documents_of(prefix):
+    """Token lists of a data set, by the format's description alone."""
+    raw = Path(f"{prefix}.idx").read_bytes()
+    magic, version, code, n, m = struct.unpack_from("<9sQBQQ", raw)
+    assert (magic, version, m, len(raw)) == (b"MMIDIDX\0\0", 1, n + 1, 34 + 12 * n + 8 * m)
+    dtype = {8: "<u2", 4: "<i4"}[code]
+    sizes = np.frombuffer(raw, "<i4", n, 34)
+    pointers = np.frombuffer(raw, "<i8", n, 34 + 4 * n)
+    assert np.frombuffer(raw, "<i8", m, 34 + 12 * n).tolist() == list(range(n + 1))
+    tokens = np.fromfile(f"{prefix}.bin", dtype)
+    width = np.dtype(dtype).itemsize
+    assert pointers.tolist() == [int(sum(sizes[:i].tolist())) * width for i in range(n)]
+    assert len(tokens) == sizes.sum()
+    return [tokens[p // width : p // width + size].tolist() for p, size in zip(pointers, sizes)], dtype
+
+
+def write_inputs(directory, texts):
+    """The same documents as one .jsonl, one .jsonl.zst of two frames, and a text file each."""
+    lines = [json.dumps({"id": 1, "text": text}, ensure_ascii=i % 2 == 0) + "\n" for i, text in enumerate(texts)]
+    (directory / "all.jsonl").write_bytes("".join(lines).encode())
+    raw = "".join(lines).encode()
+    frames = [zstandard.ZstdCompressor().compress(part) for part in (raw[: len(raw) // 3], raw[len(raw) // 3 :])]
+    (directory / "all.jsonl.zst").write_bytes(b"".join(frames))
+    files = []
+    for i, text in enumerate(texts):
+        files.append(directory / f"{i:04d}.txt")
+        files[-1].write_bytes(text.encode())
+    return {"jsonl": [directory / "all.jsonl"], "zst": [directory / "all.jsonl.zst"], "txt": files}
+
+
+def small_pieces(monkeypatch, chunk, group):
+    monkeypatch.setattr(prepare, "CHUNK", chunk)
+    monkeypatch.setattr(prepare, "GROUP", group)
+    monkeypatch.setattr(prepare, "INDEX_BLOCK", 3)
+
+
+@pytest.fixture(scope="module")
+def merging_tokenizer(tmp_path_factory):
+    """A byte-level BPE with merges over the odd texts, and added tokens for runs of spaces like Pythia's."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer, tokenizer.decoder = normalizers.NFC(), decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    rng = np.random.default_rng(0)
+    texts = ODD + [random_text(rng, 400) for _ in range(20)]
+    special = ["<|endoftext|>", "<|padding|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=special, initial_alphabet=alphabet, show_progress=False, min_frequency=2
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(" " * n, normalized=True) for n in range(24, 1, -1)])
+    assert tokenizer.get_vocab_size() > 400
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+# --- The tokenizer --------------------------------------------------------------------------------------------------
+
+
+def bytes_to_unicode():
+    """GPT-2's table, byte -> character: printable bytes stand for themselves, the others for U+0100 and on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def test_ids_of_bytes():
+    """Bytes as GPT-2 writes them, by code point of the character, without those that UTF-8 never uses."""
+    used = set()
+    for code in [*range(0xD800), *range(0xE000, 0x110000, 64), 0x10FFFF]:
+        used |= set(chr(code).encode())
+    used |= set(range(0x80, 0xC0))
+    assert len(used) == 243
+    expected = {character: byte for byte, character in bytes_to_unicode().items() if byte in used}
+    tokenizer = byte_tokenizer()
+    assert tokenizer.get_vocab_size() == 245
+    assert [tokenizer.id_to_token(i) for i in range(245)] == ["<|endoftext|>", "<|padding|>", *sorted(expected)]
+    assert byte_tokenizer().encode("!\n é").ids == [
+        2,
+        2 + sorted(expected).index("Ċ"),
+        *[2 + sorted(expected).index(bytes_to_unicode()[byte]) for byte in " é".encode()],
+    ]
+
+
+def test_pythia_tokenizer(tmp_path, monkeypatch):
+    """The file is 20B_tokenizer.json of EleutherAI/pythia, not in the repository for its size: our ids are its ids, and
+    documents cut into small pieces have its tokens."""
+    found = [REPO / "20B_tokenizer.json", *REPO.parent.glob("*/data/20B_tokenizer.json")]
+    path = next((path for path in found if path.exists()), None)
+    if not path:
+        pytest.skip("no 20B_tokenizer.json here")
+    pythia, ours = Tokenizer.from_file(str(path)), byte_tokenizer()
+    for id in range(245):
+        assert pythia.id_to_token(id) == ours.id_to_token(id)
+
+    small_pieces(monkeypatch, 16, 100)
+    rng = np.random.default_rng(9)
+    texts = [
+        *ODD,
+        *(random_text(rng, 500) for _ in range(20)),
+        Path(prepare.__file__).read_text(),
+        Path(__file__).read_text(),
+    ]
+    prepare.prepare(write_inputs(tmp_path, texts)["jsonl"], tmp_path / "out", path)
+    assert documents_of(tmp_path / "out") == ([[*pythia.encode(text).ids, 0] for text in texts], "<u2")
+
+
+def test_text_survives():
+    tokenizer = byte_tokenizer()
+    for text in ODD:
+        ids = tokenizer.encode(text).ids
+        assert tokenizer.decode(ids, skip_special_tokens=False) == tokenizer.normalizer.normalize_str(text)
+        if "<|" not in text:
+            assert len(ids) == len(tokenizer.normalizer.normalize_str(text).encode())
+
+
+# --- Cutting --------------------------------------------------------------------------------------------------------
+
+
+def test_no_token_lies_across_a_cut():
+    """The ground under `can_cut`, for nearly every character there is: white space that follows something else begins
+    a pre-token, and NFC leaves it alone."""
+    codes = [*range(0xD800), *range(0xE000, 0x10000), *range(0x10000, 0x110000, 31)]
+    characters = [chr(code) for code in codes if not chr(code).isspace()]
+    text = "".join(f"{c}\n{c} {c}" for c in characters)
+    splitter, nfc = pre_tokenizers.ByteLevel(add_prefix_space=False), normalizers.NFC()
+    normal = nfc.normalize_str(text)
+    for _, (start, end) in splitter.pre_tokenize_str(normal):
+        assert not re.search(r"\S[ \n]", normal[start:end])
+    for start in range(0, len(characters), 97):
+        c, d = characters[start], characters[start - 1]
+        for space in (" ", "\n"):
+            assert nfc.normalize_str(c + space + d) == nfc.normalize_str(c) + nfc.normalize_str(space + d)
+
+
+def test_pieces_are_cut_where_they_may_be():
+    def cut(*chunks):
+        return list(prepare.pieces(chunks, True))
+
+    assert cut("one two", " three") == [("one", False), (" two three", True)]
+    assert cut("a\nb", "c d", "e") == [("a", False), ("\nbc", False), (" de", True)]
+    assert cut("ab", "cd") == [("abcd", True)]
+    assert cut("a  \n ", "b") == [("a", False), ("  \n b", True)]
+    assert cut("a\x1c b", "c") == [("a\x1c bc", True)]  # U+001C: white space to Python, not to the tokenizer
+    assert cut("one two") == [("one two", True)]
+    assert cut() == cut("") == cut("", "") == []
+    assert list(prepare.pieces(("one two", " three"), False)) == [("one two three", True)]
+
+
+@pytest.mark.parametrize("source", ["jsonl", "zst", "txt"])
+@pytest.mark.parametrize("chunk", [1, 2, 7, 64, 1 << 17])
+def test_tokens_are_those_of_whole_documents(tmp_path, monkeypatch, merging_tokenizer, source, chunk):
+    rng = np.random.default_rng(chunk)
+    texts = [*ODD, "", *(random_text(rng, int(rng.integers(1, 400))) for _ in range(25)), ""]
+    inputs = write_inputs(tmp_path, texts)[source]
+    for tokenizer, path in ((byte_tokenizer(), None), (Tokenizer.from_file(str(merging_tokenizer)), merging_tokenizer)):
+        small_pieces(monkeypatch, chunk, group=int(rng.integers(1, 300)))
+        out = tmp_path / ("bytes" if path is None else "merges")
+        result = prepare.prepare(inputs, out, path)
+        documents, dtype = documents_of(out)
+        assert documents == [[*tokenizer.encode(text).ids, 0] for text in texts if text]
+        assert dtype == "<u2"
+        assert (result.documents, result.tokens) == (len(documents), sum(map(len, documents)))
+        assert Tokenizer.from_file(f"{out}.tokenizer.json").to_str() == tokenizer.to_str()
+
+
+def test_documents_are_cut_in_that_test(monkeypatch, merging_tokenizer):
+    """Guards the test above: pieces are many, and cutting elsewhere would show."""
+    small_pieces(monkeypatch, 7, 100)
+    text = ODD[0] * 20
+    tokenizer = Tokenizer.from_file(str(merging_tokenizer))
+    assert prepare.can_cut(tokenizer)
+    cut = list(prepare.pieces((text[i : i + 7] for i in range(0, len(text), 7)), True))
+    assert len(cut) > 40
+    assert "".join(piece for piece, _ in cut) == text
+    elsewhere = [tokenizer.encode(text[i : i + 7]).ids for i in range(0, len(text), 7)]
+    assert [id for ids in elsewhere for id in ids] != tokenizer.encode(text).ids
+
+
+def spec(merging_tokenizer, **changes):
+    return json.loads(merging_tokenizer.read_text()) | changes
+
+
+def test_other_tokenizers_get_whole_documents(tmp_path, monkeypatch, merging_tokenizer):
+    """Where a cut would change tokens there is none; padding, truncation and <bos> of the file do not apply."""
+    bos = {"type": "TemplateProcessing", "pair": [{"Sequence": {"id": "B", "type_id": 0}}]}
+    bos["single"] = [{"SpecialToken": {"id": "<|padding|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    bos["special_tokens"] = {"<|padding|>": {"id": "<|padding|>", "ids": [1], "tokens": ["<|padding|>"]}}
+    padding = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None}
+    padding |= {"pad_id": 1, "pad_type_id": 0, "pad_token": "<|padding|>"}
+    truncation = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    prefix_space = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    llama = {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": r"[^\s]+\n*|\s+"}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+    ]}  # fmt: skip
+    greedy = [*spec(merging_tokenizer)["added_tokens"]]
+    greedy.append(greedy[-1] | {"id": 5000, "content": "two\n three", "normalized": False})
+    lstrip = [*spec(merging_tokenizer)["added_tokens"]]
+    lstrip.append(lstrip[-1] | {"id": 5000, "content": "<m>", "lstrip": True})
+    texts = ["one two\n three <m> four\nfive.\n\n<m>six! " * 9, " a\nb"]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    small_pieces(monkeypatch, 5, 20)
+    for number, (changes, cuttable) in enumerate([
+        ({"padding": padding, "truncation": truncation, "post_processor": bos}, True),
+        ({"pre_tokenizer": prefix_space}, False),
+        ({"pre_tokenizer": llama}, False),
+        ({"pre_tokenizer": None}, False),
+        ({"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}}, False),
+        ({"added_tokens": greedy}, False),
+        ({"added_tokens": lstrip}, False),
+    ]):  # fmt: skip
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps(spec(merging_tokenizer, **changes)))
+        tokenizer = Tokenizer.from_file(str(path))
+        assert prepare.can_cut(tokenizer) == cuttable
+        prepare.prepare([tmp_path / "in.jsonl"], tmp_path / f"{number}", path)
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        expected = [[*tokenizer.encode(text, add_special_tokens=False).ids, 0] for text in texts]
+        assert documents_of(tmp_path / f"{number}")[0] == expected
+        assert (tmp_path / f"{number}.tokenizer.json").read_bytes() == path.read_bytes()
+
+
+def test_large_vocabularies_take_four_bytes(tmp_path):
+    (tmp_path / "in.txt").write_text("word")
+    for size, dtype in ((65499, "<u2"), (65500, "<i4")):
+        tokenizer = byte_tokenizer()
+        tokenizer.add_tokens([f"<{i}>" for i in range(size - 246)] + ["word"])
+        tokenizer.save(str(tmp_path / "wide.json"))
+        prepare.prepare([tmp_path / "in.txt"], tmp_path / f"{size}", tmp_path / "wide.json")
+        assert documents_of(tmp_path / f"{size}") == ([[size - 1, 0]], dtype)
+
+
+def test_memory_does_not_grow_with_the_input(tmp_path):
+    """Peak memory in MB for inputs of 2 and 8 MB: one text, and many documents. (Held as encodings, 8 MB take 1 GB.)"""
+    code = "import prepare, resource, sys; prepare.prepare(sys.argv[1:2], sys.argv[2]);"
+    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+    line, peaks = "All work and no play makes Jack a dull boy.\n", {}
+    for kind, content in (("txt", line), ("jsonl", json.dumps({"text": line}) + "\n")):
+        for megabytes in (2, 8):
+            source = tmp_path / f"{megabytes}.{kind}"
+            source.write_text(content * (megabytes * 1_000_000 // len(content)))
+            run = [sys.executable, "-c", code, str(source), str(tmp_path / f"{kind}{megabytes}")]
+            peaks[kind, megabytes] = int(subprocess.run(run, cwd=REPO, capture_output=True, check=True).stdout)
+    assert peaks["txt", 8] < peaks["txt", 2] + 60
+    assert peaks["jsonl", 8] < peaks["jsonl", 2] + 60
+
+
+# --- Commands and bad input -----------------------------------------------------------------------------------------
+
+
+def command(directory, *arguments):
+    line = [sys.executable, str(REPO / "data.py"), *map(str, arguments)]
+    return subprocess.run(line, cwd=directory, capture_output=True, text=True, timeout=60)
+
+
+def test_prepare_info_view(tmp_path):
+    (tmp_path / "a.txt").write_text("The first document.\n" * 20)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "Zweites Dokument – mit Umlaut: ü. " * 20}) + "\n\n")
+    line = ("prepare", "--input", "a.txt", "b.jsonl", "--out", "mine", "--workers", "1")
+    run = command(tmp_path, *line)
+    assert run.returncode == 0, run.stderr
+    assert "2 documents" in run.stdout
+    assert sorted(path.name for path in tmp_path.glob("*mine*")) == ["mine.bin", "mine.idx", "mine.tokenizer.json"]
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    again = command(tmp_path, *line)
+    assert (again.returncode, again.stderr.count("\n")) == (1, 1)
+    assert "exists" in again.stderr
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    run = command(
+        tmp_path, "view", "--data", "mine", "--seq-len", "32", "--batch-size", "4", "--steps", "2", "--step", "1"
+    )
+    assert run.returncode == 0, run.stderr
+    assert "first document.\n" in run.stdout
+    assert "mit Umlaut: ü" in run.stdout
+
+
+def line_file(number, line):
+    return b'{"text": "good"}\n' * (number - 1) + line + b'\n{"text": "good"}\n'
+
+
+GOOD = b'{"text": "good"}\n' * 5000
+PACKED = zstandard.ZstdCompressor().compress(GOOD + os.urandom(200_000).hex().encode())
+BAD_INPUT = {  # name of the file: (its bytes, what the message says)
+    "no_json.jsonl": (line_file(3, b"{text"), "no_json.jsonl: line 3"),
+    "no_text.jsonl": (line_file(1, b'{"body": "x"}'), "no_text.jsonl: line 1"),
+    "no_string.jsonl": (line_file(2, b'{"text": 5}'), "no_string.jsonl: line 2"),
+    "null.jsonl": (line_file(2, b'{"text": null}'), "null.jsonl: line 2"),
+    "list.jsonl": (line_file(2, b'["text"]'), "list.jsonl: line 2"),
+    "deep.jsonl": (line_file(2, b"[" * 100_000), "deep.jsonl: line 2"),
+    "surrogate.jsonl": (line_file(4, b'{"text": "\\ud800"}'), "surrogate.jsonl: line 4"),
+    "latin.jsonl": (line_file(4, '{"text": "ü"}'.encode("latin-1")), "latin.jsonl: line 4"),
+    "late.jsonl.zst": (zstandard.ZstdCompressor().compress(GOOD + b"{"), "late.jsonl.zst: line 5001"),
+    "no_zst.jsonl.zst": (GOOD, "no_zst.jsonl.zst: damaged near byte"),
+    "short.jsonl.zst": (PACKED[: len(PACKED) // 2], "short.jsonl.zst: "),
+    "barely.jsonl.zst": (zstandard.ZstdCompressor().compress(GOOD)[:-1], "barely.jsonl.zst: truncated"),
+    "latin.txt": (b"0123456789" + "ü".encode("latin-1") + b"x", "latin.txt: byte 10 is not UTF-8"),
+    "middle.txt": (("日" * 100_000).encode() + b"\xff" + b"x" * 100, "middle.txt: byte 300000 is not UTF-8"),
+    "torn.txt": (b"abc" + "日".encode()[:2], "torn.txt: byte 3 is not UTF-8"),
+    "surrogate.txt": (b"ab\xed\xa0\x80", "surrogate.txt: byte 2 is not UTF-8"),
+    "empty.txt": (b"", "empty.txt: no text"),
+    "empty.jsonl": (b'{"text": ""}\n', "empty.jsonl: no text"),
+    "empty.jsonl.zst": (b"", "empty.jsonl.zst: no text"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input(tmp_path, name):
+    raw, message = BAD_INPUT[name]
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(UserError) as error:
+        prepare.prepare([tmp_path / name], tmp_path / "out")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_bytes_across_chunks(tmp_path, monkeypatch):
+    """The byte named is right wherever a chunk ends."""
+    text = "é日😀" * 5
+    for bad in range(len(text)):
+        raw = text[:bad].encode() + b"\xff" + text[bad:].encode()
+        (tmp_path / "in.txt").write_bytes(raw)
+        for chunk in (1, 2, 3, 5):
+            monkeypatch.setattr(prepare, "CHUNK", chunk)
+            with pytest.raises(UserError, match=f"byte {len(text[:bad].encode())} is not UTF-8"):
+                prepare.prepare([tmp_path / "in.txt"], tmp_path / "out")
+
+
+def test_commands_refuse_in_one_line(tmp_path):
+    (tmp_path / "good.txt").write_text("good")
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    (tmp_path / "taken.tokenizer.json").write_text("mine")
+    (tmp_path / "broken.json").write_text('{"version": "1.0"')
+    (tmp_path / "other.json").write_text('{"hello": "world"}')
+    (tmp_path / "directory").mkdir()
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+    tokenizer.save(str(tmp_path / "a.json"))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    for arguments, message in (
+        (("good.txt", "absent.txt", "--out", "out"), "absent.txt: no such file"),
+        (("good.txt", "directory", "--out", "out"), "directory is a directory"),
+        (("good.txt", "bad.txt", "--out", "out"), "bad.txt: byte 0"),
+        (("good.txt", "--out", "taken"), "taken.tokenizer.json exists"),
+        (("good.txt", "--out", "absent/out"), "absent is not a directory"),
+        (("good.txt", "--out", "out", "--workers", "0"), "--workers 0"),
+        (("good.txt", "--out", "out", "--tokenizer", "absent.json"), "absent.json: not a readable tokenizer"),
+        (("good.txt", "--out", "out", "--tokenizer", "broken.json"), "broken.json: not a readable tokenizer"),
+        (("good.txt", "--out", "out", "--tokenizer", "other.json"), "other.json: not a readable tokenizer"),
+        (("good.txt", "--out", "out", "--tokenizer", "bad.txt"), "bad.txt: not a readable tokenizer"),
+        (("good.txt", "--out", "out", "--tokenizer", "a.json"), "a.json: id 0 is 'a'"),
+    ):
+        run = command(tmp_path, "prepare", "--input", *arguments)
+        assert run.returncode == 1
+        assert run.stderr.startswith("error: ")
+        assert run.stderr.count("\n") == 1
+        assert message in run.stderr
+        assert run.stdout == ""
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_full_disk_leaves_nothing(tmp_path):
+    """A real full disk is out of reach; a limit on the size of files fails in the same place."""
+    (tmp_path / "in.txt").write_text("words " * 50_000)
+    code = "import resource, signal, sys, data; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); data.run_command(data.main)"
+    line = [sys.executable, "-c", code, "prepare", "--input", str(tmp_path / "in.txt"), "--out", str(tmp_path / "out")]
+    run = subprocess.run(line, cwd=REPO, capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stderr.count("\n")) == (1, 1), run.stderr
+    assert "File too large; nothing was written" in run.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
+
+
+def test_interrupt_leaves_nothing(tmp_path):
+    """Ctrl-C while `prepare` waits for more of a pipe (which is an input like any other)."""
+    os.mkfifo(tmp_path / "pipe")
+    line = [sys.executable, REPO / "data.py", "prepare", "--input", "pipe", "--out", "out"]
+    run = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with open(tmp_path / "pipe", "wb") as pipe:  # opens when prepare has opened its end, thus in the middle of its work
+        assert len(list(tmp_path.glob(".out*"))) == 3
+        pipe.write(b"some text")
+        pipe.flush()
+        run.send_signal(signal.SIGINT)
+        out, error = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert (out, error) == ("", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+# --- The demo corpus ------------------------------------------------------------------------------------------------
+
+
+def test_demo(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = data.open_rows("demo", samples=1)
+    notice = capsys.readouterr().err
+    assert notice.startswith("building runs/demo: ")
+    assert sorted(path.suffix for path in Path("runs").glob("demo.*") if path.is_file()) == [".bin", ".idx", ".json"]
+    assert 5_000_000 < rows.data.tokens < 10_000_000
+    assert data.find_tokenizer("demo") == Path("runs/demo.tokenizer.json")
+    assert data.data_facts(rows)["bin_sha256"]
+
+    # The first and the last document are files of the library, whole.
+    tokenizer, library = byte_tokenizer(), Path(sysconfig.get_paths()["stdlib"])
+    sources = {path.read_bytes() for path in library.rglob("*.py")}
+    for document in (0, rows.data.documents - 1):
+        ids = rows.data.read(rows.data.start(document), int(rows.data.sizes[document]))
+        assert ids[-1] == 0
+        assert tokenizer.decode(ids[:-1].tolist(), skip_special_tokens=False).encode() in sources
+
+    written = Path("runs/demo.bin").stat().st_mtime_ns
+    assert prepare.demo() == Path("runs/demo")
+    assert Path("runs/demo.bin").stat().st_mtime_ns == written
+    assert capsys.readouterr().err == ""
+    assert IndexedTokens("runs/demo").tokens == rows.data.tokens

@@ -1,0 +1,386 @@
+"""Train a Pythia from nothing: settings -> data -> model -> loop.
+
+    torchrun train.py --size 14m --demo                 two minutes on a laptop, real text, real checkpoints
+    torchrun train.py --size 1.4b --data PREFIX         the published run: 143,000 steps of 1024 rows of 2048 tokens
+
+The step t of a run trains on batch(t), rows [1024 t, 1024 (t + 1)) of the shuffled order: a run is a function of
+(size, data, seed), and resuming is starting at t. Checkpoint stepN has made N steps; the record of step t in
+metrics.jsonl is the loss of stepT's weights on batch(t), the batch that `python data.py view --step t` shows.
+"""
+
+import ctypes
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import checkpoint
+import data
+import plan
+from errors import Parser, UserError, run_command
+from metrics import LOGGERS, Metrics
+from model import SIZES, Config, Pythia
+from model.huggingface import load, read_config
+from parallel import RECOMPUTE, set_recompute
+
+# Settings
+
+
+def setting(default, help: str, fixed: bool = True, **argument):
+    """A field that is also a flag. One that is not fixed may differ when a run is resumed: it changes no number."""
+    return field(default=default, metadata={"help": help, "fixed": fixed, "argument": argument})
+
+
+@dataclass
+class Settings:
+    """Every setting of a run: the command line and run.json are this class."""
+
+    size: str = setting("", "which Pythia", choices=list(SIZES), required=True)
+    data: str = setting(
+        "demo", "PREFIX of a Megatron .bin/.idx, a directory of pre-shuffled rows, or `demo` (default)", fixed=False
+    )
+    out: str = setting("", "run directory (default: runs/pythia-SIZE)", fixed=False)
+    demo: bool = setting(False, "a run of some two minutes on a laptop: demo data, few steps, small batch", fixed=False)
+    plan: bool = setting(False, "print parameters, FLOPs, memory and days expected, then exit", fixed=False)
+    seed: int = setting(1234, "of the initial weights and of the data order")
+    init_from: str = setting("", "start from the weights of this Hugging Face directory instead of random ones")
+    steps: int = setting(143_000, "optimizer steps; the learning-rate schedule spans them")
+    stop_at: int = setting(0, "pause, with a checkpoint, when this many steps are made", fixed=False)
+    batch_size: int = setting(1024, "rows of one optimizer step")
+    micro_batch: int = setting(0, "rows of one forward and backward pass (default: at most 8)")
+    seq_len: int = setting(2048, "tokens of a row")
+    lr: float = setting(0.0, "peak learning rate (default: the one that the size was trained with)")
+    schedule: str = setting(
+        "published", "cosine of GPT-NeoX v1.0 (published) or of the textbooks (cosine)", choices=["published", "cosine"]
+    )
+    precision: str = setting(
+        "", "of products and activations (default: bf16 on a GPU, else fp32)", choices=["bf16", "fp16", "fp32"]
+    )
+    recompute: str = setting(
+        "none", "activations to compute again in the backward pass, to save memory", fixed=False, choices=RECOMPUTE
+    )
+    compile: bool = setting(False, "torch.compile every block")
+    gelu: str = setting("tanh", "in training: tanh as published, or none for the exact erf", choices=["tanh", "none"])
+    export_gelu: str = setting(
+        "published",
+        "in config.json of the checkpoints: the published erf form, or the one in training (trained)",
+        choices=["published", "trained"],
+    )
+    keep_state: int = setting(2, "how many of the newest checkpoints can be resumed from", fixed=False)
+    log: str = setting("", "also log to tensorboard, wandb, or both (tensorboard,wandb)", fixed=False)
+
+
+# A higher rate than published: sixty steps are too few for a small one.
+DEMO = {"data": "demo", "steps": 60, "batch_size": 16, "seq_len": 256, "lr": 3e-3}
+
+
+def parse(arguments: list[str]) -> Settings:
+    """The settings of a command line, every default resolved. Raises UserError on one that can not work."""
+    parser = Parser(prog="train.py", description=__doc__.split("\n\n")[0], epilog="The same line again resumes a run.")
+    for f in fields(Settings):
+        options = {"help": f.metadata["help"], "default": f.default, **f.metadata["argument"]}
+        options |= {"action": "store_true"} if f.type is bool else {"type": f.type}
+        if f.type is not bool and "choices" not in options:
+            options["metavar"] = {int: "N", float: "X", str: "NAME"}[f.type]
+        parser.add_argument("--" + f.name.replace("_", "-"), **options)
+    if "--demo" in arguments:
+        parser.set_defaults(**DEMO)
+    s = Settings(**vars(parser.parse_args(arguments)))
+
+    s.out = s.out or f"runs/pythia-{s.size}"
+    s.lr = s.lr or SIZES[s.size].lr
+    s.precision = s.precision or ("bf16" if torch.cuda.is_available() else "fp32")
+    s.micro_batch = s.micro_batch or math.gcd(8, s.batch_size)
+    for name in ("steps", "batch_size", "micro_batch", "seq_len", "keep_state", "lr"):
+        if not getattr(s, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(s, name)}")
+    if not 0 <= s.stop_at <= s.steps:
+        raise UserError(f"--stop-at {s.stop_at} lies outside the {s.steps} steps of the run")
+    if unknown := set(filter(None, s.log.split(","))) - set(LOGGERS):
+        raise UserError(f"--log knows {' and '.join(LOGGERS)}, not {', '.join(sorted(unknown))}")
+    data.row_numbers(0, s.batch_size, s.micro_batch)  # refuses a batch that does not divide
+    return s
+
+
+# The rules of an update, as Pythia's
+
+
+def learning_rate(s: Settings, updates: int) -> float:
+    """Learning rate of the update that follows `updates` successful ones.
+
+    Linear warm-up over 1% of the steps, then a cosine down to a tenth of the peak. Published (GPT-NeoX v1.0): the
+    cosine's half period is *all* steps and it aims at zero, so the floor is reached after 80.5% of the run. Textbook
+    (GPT-NeoX since #1008, August 2023): the half period is what follows the warm-up, and it aims at the floor.
+    """
+    warmup, floor = s.steps / 100, s.lr / 10
+    if updates <= warmup:
+        return s.lr * updates / warmup  # the first update has rate 0: step1 equals step0
+    if s.schedule == "published":
+        done = min(updates, s.steps - warmup) - warmup
+        return max(s.lr / 2 * (1 + math.cos(math.pi * done / s.steps)), floor)
+    done = min(updates - warmup, s.steps - warmup)
+    return floor + (s.lr - floor) / 2 * (1 + math.cos(math.pi * done / (s.steps - warmup)))
+
+
+class LossScaler:
+    """The dynamic loss scale of DeepSpeed, as Pythia ran it: float16 gradients are kept from vanishing.
+
+    A first overflow only uses up the hysteresis, further ones halve the scale (never below 1); 1000 steps without one
+    double it and refill the hysteresis.
+    """
+
+    def __init__(self, scale: float = 2.0**12, window: int = 1000, hysteresis: int = 2):
+        self.scale, self.window, self.full = scale, window, hysteresis
+        self.hysteresis, self.clean_steps, self.overflows = hysteresis, 0, 0
+
+    def update(self, overflow: bool) -> None:
+        if overflow:
+            if self.hysteresis == 1:
+                self.scale = max(self.scale / 2, 1.0)
+            else:
+                self.hysteresis -= 1
+            self.clean_steps, self.overflows = 0, self.overflows + 1
+            return
+        self.clean_steps, self.overflows = self.clean_steps + 1, 0
+        if self.clean_steps % self.window == 0:
+            self.scale, self.hysteresis = 2 * self.scale, self.full
+
+
+def make_optimizer(model: Pythia, lr: float) -> torch.optim.AdamW:
+    """AdamW with Pythia's constants; biases and LayerNorms, the one-dimensional parameters, are not decayed."""
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+
+def gradient_norm(parameters: list[Tensor]) -> Tensor:
+    """Global L2 norm, summed in float64: in float32 torch's CPU norm of millions of elements is off by 2e-4."""
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in parameters]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+# The run
+
+
+def train(s: Settings) -> None:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("Tripod trains in one process so far: start it with torchrun --nproc-per-node 1")
+    config = replace(SIZES[s.size], gelu=s.gelu)
+    rows = data.open_rows(s.data, data.requested_samples(s.steps, s.batch_size), s.seq_len, s.seed)
+    if s.steps * s.batch_size > len(rows):
+        raise UserError(
+            f"--steps {s.steps} needs {s.steps * s.batch_size} rows, {s.data} has {len(rows)}: lower --steps"
+        )
+    run, facts = Path(s.out), data.data_facts(rows)
+    check_run(run, s, facts)
+    resumable = checkpoint.steps_with_state(run)
+    start, last = (resumable[-1] if resumable else 0), s.stop_at or s.steps
+    if start >= last:
+        print(
+            f"{run} is finished: it has made all {s.steps} steps" if start == s.steps else f"{run} is at step {start}"
+        )
+        return
+    data.check_vocab(data.batch(rows, start, s.batch_size, s.micro_batch), config.vocab, start)
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = initial_model(s, config).to(device)
+    model.compute_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[s.precision]
+    set_recompute(model, s.recompute)
+    if s.compile:
+        for block in model.blocks:
+            block.compile()
+    optimizer, parameters = make_optimizer(model, s.lr), list(model.parameters())
+    scaler = LossScaler() if s.precision == "fp16" else None
+    updates = 0  # successful ones: what the learning rate depends on
+    if resumable:
+        counters = checkpoint.restore(run / f"step{start}", model, optimizer)
+        updates = counters["updates"]
+        if scaler:
+            vars(scaler).update(counters["scaler"])
+
+    def save(step: int) -> None:
+        counters = {"updates": updates, "scaler": scaler and vars(scaler)}
+        hidden_act = "gelu_pytorch_tanh" if (s.export_gelu, s.gelu) == ("trained", "tanh") else "gelu"
+        tokenizer = data.find_tokenizer(s.data)
+        args = (model, optimizer, counters, model.compute_dtype, hidden_act, tokenizer, s.keep_state)
+        tqdm.write(f"saved {checkpoint.save(run, step, *args)}")
+
+    record_start(run, s, facts, start, device)
+    print(
+        f"{run}: {config.parameters:,} parameters on {device}, {s.precision}; step {start} to {last} of {s.steps}, "
+        f"each {s.batch_size} rows of {s.seq_len} tokens"
+    )
+    stop = StopSignal()
+    tokens_per_step, peak = s.batch_size * s.seq_len, plan.peak_flops(device)
+    with Metrics(run, start, s.steps, list(filter(None, s.log.split(","))), asdict(s)) as metrics:
+        if not resumable:
+            save(0)
+        for step in range(start, last):
+            began = time.perf_counter()
+            batch = data.batch(rows, step, s.batch_size, s.micro_batch)  # [micro_steps, micro_batch, seq_len + 1]
+            data.check_vocab(batch, config.vocab, step)
+            scale = scaler.scale if scaler else 1.0
+            loss_sum = torch.zeros((), device=device)
+            for micro_batch in batch:
+                tokens = torch.from_numpy(micro_batch.astype(np.int64)).to(device)
+                loss = model(tokens[:, :-1], tokens[:, 1:])
+                (loss * (scale / len(batch))).backward()
+                loss_sum += loss.detach()
+            norm = gradient_norm(parameters) / scale
+            loss, norm = torch.stack((loss_sum / len(batch), norm)).tolist()  # the one host sync of the step
+
+            overflow = scaler is not None and not math.isfinite(norm)
+            if not overflow and not math.isfinite(loss + norm):
+                first, good = step * s.batch_size, checkpoint.steps_with_state(run)[-1]
+                raise UserError(
+                    f"step {step}, rows {first} to {first + s.batch_size - 1}: loss {loss}, gradient norm {norm}; "
+                    f"stopped before the update, the last good checkpoint is {run}/step{good}"
+                )
+            lr = learning_rate(s, updates)
+            if not overflow:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                for p in parameters:
+                    p.grad.mul_(min(1.0, 1.0 / (norm + 1e-6)) / scale)  # clip the global norm at 1, and unscale
+                optimizer.step()
+                updates += 1
+            optimizer.zero_grad()
+            if scaler:
+                scaler.update(overflow)
+
+            seconds = time.perf_counter() - began
+            metrics.record(
+                step=step,
+                loss=loss,
+                lr=lr,
+                grad_norm=norm,
+                tokens=(step + 1) * tokens_per_step,
+                tokens_per_s=tokens_per_step / seconds,
+                mfu=peak and tokens_per_step / seconds * config.flops_per_token(s.seq_len) / peak,
+                seconds=seconds,
+                loss_scale=scale,
+                batch_sha256=data.batch_sha256(batch),
+            )
+            if checkpoint.is_published_step(step + 1, last) or stop.requested:
+                save(step + 1)
+            if stop.requested:
+                break
+    if step + 1 == s.steps:
+        print(f"finished. Try: python generate.py --checkpoint {run}/step{step + 1} --prompt 'def '")
+    else:
+        print(f"paused at step {step + 1} of {s.steps}; the same line{' without --stop-at' * bool(s.stop_at)} goes on")
+
+
+def initial_model(s: Settings, config: Config) -> Pythia:
+    """The model before its first step: random as published, or from --init-from."""
+    if not s.init_from:
+        return Pythia(config, s.seed)
+    stored = read_config(s.init_from)
+    for name in ("layers", "hidden", "heads", "vocab", "ffn", "rotary_dim", "parallel"):
+        if getattr(stored, name) != getattr(config, name):
+            raise UserError(f"--init-from {s.init_from} is no {config.name}: {name} is {getattr(stored, name)}")
+    with torch.device("meta"):
+        model = Pythia(config)
+    model.load_state_dict(load(s.init_from).state_dict(), assign=True)
+    return model
+
+
+def check_run(run: Path, s: Settings, facts: dict) -> None:
+    """Refuse a run directory that holds something else: another run, other data, or files that are no run."""
+    path = run / "run.json"
+    if not path.exists():
+        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+            raise UserError(f"{run} exists and is no run directory: choose another --out")
+        return
+    try:
+        stored = json.loads(path.read_text())
+        settings, order = stored["settings"], stored["data"]["order_sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}): choose another --out") from None
+    differing = [
+        f"--{f.name.replace('_', '-')} ({settings.get(f.name)} there, {getattr(s, f.name)} here)"
+        for f in fields(Settings)
+        if f.metadata["fixed"] and settings.get(f.name) != getattr(s, f.name)
+    ]
+    if order != facts["order_sha256"]:
+        differing.append(f"the order of the data (sha256 {order[:12]}… there, {facts['order_sha256'][:12]}… here)")
+    if differing:
+        raise UserError(f"{run} is a run with other settings: {', '.join(differing)}; choose another --out")
+
+
+def record_start(run: Path, s: Settings, facts: dict, step: int, device: torch.device) -> None:
+    """Note in run.json that the run starts, or goes on, at this step: settings and data, then a line a start."""
+    run.mkdir(parents=True, exist_ok=True)
+    path, temporary = run / "run.json", run / ".run.json.tmp"
+    stored = json.loads(path.read_text()) if path.exists() else {"settings": asdict(s), "data": facts, "starts": []}
+    stored["starts"].append(
+        {
+            "step": step,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": " ".join(sys.argv),
+            "host": platform.node(),
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        }
+    )
+    temporary.write_text(json.dumps(stored, indent=1) + "\n")
+    temporary.rename(path)
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM finish the step and save; a second one, a second or more later, stops at once.
+
+    Under torchrun one Ctrl-C arrives twice: from the terminal, and a moment later from torchrun.
+    """
+
+    def __init__(self):
+        self.requested, self.first = False, 0.0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame) -> None:
+        if not self.requested:
+            self.requested, self.first = True, time.monotonic()
+            tqdm.write(f"{signal.Signals(number).name}: finishing the step, then saving; a second one stops at once")
+        elif time.monotonic() - self.first > 1:
+            os._exit(128 + number)
+
+
+def reuse_freed_memory() -> None:
+    """Have glibc keep the memory that a step frees, for the next step.
+
+    By default it returns large tensors to the system and faults every page in anew: half the time of a small model on
+    a CPU. The C library of other systems has no such call.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        m_trim_threshold, m_mmap_threshold, most = -1, -3, 2**31 - 1
+        mallopt(m_mmap_threshold, most)
+        mallopt(m_trim_threshold, most)
+
+
+def main() -> None:
+    s = parse(sys.argv[1:])
+    if s.plan:
+        print(plan.plan(SIZES[s.size], s.steps, s.batch_size, s.micro_batch, s.seq_len, s.precision, s.recompute))
+        return
+    reuse_freed_memory()
+    train(s)
+
+
+if __name__ == "__main__":
+    run_command(main)
