@@ -8,7 +8,7 @@ from model import Config
 # Dense bf16 FLOP/s by the makers' datasheets, by a part of the name that CUDA reports.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}
 
-# Tensors of [tokens, hidden] that a layer keeps for its backward pass, by --recompute; measured 17.3 to 19.6, 11.2, 2.9.
+# Tensors [tokens, hidden] that a layer keeps for its backward pass, by --recompute (measured: 17.3-19.6, 11.2, 2.9).
 ACTIVATION_UNITS = {"none": 20, "cheap": 12, "full": 3}
 
 ASSUMED_MFU = 0.4

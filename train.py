@@ -259,6 +259,8 @@ def train(s: Settings) -> None:
             optimizer.zero_grad()
             if scaler:
                 scaler.update(overflow)
+                if scaler.overflows == 50:  # as DeepSpeed
+                    raise UserError(f"50 steps in a row overflowed float16, up to step {step}: try --precision bf16")
 
             seconds = time.perf_counter() - began
             metrics.record(

@@ -1,6 +1,7 @@
 """The network against transformers: stored float64 arrays, and live on the shapes of all ten sizes."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +107,7 @@ def test_initial_rows_do_not_depend_on_the_shard():
     shape = (3 * INIT_BLOCK + 17, 6)
     whole = initial_rows(TINY, "embed", shape, 1234)
     for cuts in ([0, 1, 2, 200, shape[0]], [0, INIT_BLOCK, 2 * INIT_BLOCK + 1, shape[0]]):
-        shards = [initial_rows(TINY, "embed", shape, 1234, slice(a, b)) for a, b in zip(cuts, cuts[1:])]
+        shards = [initial_rows(TINY, "embed", shape, 1234, slice(a, b)) for a, b in pairwise(cuts)]
         assert np.array_equal(np.concatenate(shards), whole)
     assert len(np.unique(whole)) > 0.99 * whole.size  # blocks do not repeat one another
     assert initial_rows(TINY, "embed", shape, 1234, slice(4, 4)).shape == (0, 6)

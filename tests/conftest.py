@@ -1,0 +1,63 @@
+"""A Pythia small enough to train in a test, and text for it."""
+
+import json
+import random
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from model import SIZES
+from prepare import prepare
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """The prefix of 60 documents of made-up words, a token a byte."""
+    folder = tmp_path_factory.mktemp("corpus")
+    words = random.Random(0)
+    vocabulary = ["".join(words.choices("abcdefghij ", k=words.randint(1, 9))) for _ in range(50)]
+    with (folder / "text.jsonl").open("w") as file:
+        for _ in range(60):
+            file.write(json.dumps({"text": " ".join(words.choices(vocabulary, k=100))}) + "\n")
+    prepare([folder / "text.jsonl"], folder / "text")
+    return folder / "text"
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Size 14m shrunk to two layers of 32 with a vocabulary of 384."""
+    config = replace(SIZES["14m"], layers=2, hidden=32, vocab=384)
+    monkeypatch.setitem(SIZES, "14m", config)
+    return config
+
+
+@pytest.fixture
+def run(tiny, corpus, tmp_path):
+    """Train in this process: run(*flags, out="a") -> the run directory. Four rows of 32 tokens a step, nine steps."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def start(*flags: str, out: str = "run") -> Path:
+        line = ["--size", "14m", "--data", str(corpus), "--out", str(tmp_path / out), "--steps", "9"]
+        line += ["--batch-size", "4", "--seq-len", "32", "--precision", "fp32", *map(str, flags)]
+        train.train(train.parse(line))
+        return tmp_path / out
+
+    yield start
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def records(run_directory: Path) -> list[dict]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_s", "mfu")} for line in lines]
+
+
+@pytest.fixture(autouse=True)
+def _fixed_threads():
+    """The order of a sum depends on the number of threads: tests that compare bits need it fixed."""
+    torch.set_num_threads(2)

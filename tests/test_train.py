@@ -1,0 +1,539 @@
+"""The trainer against formulas written out, against transformers with an ordinary loop, and against itself resumed."""
+
+import ctypes
+import hashlib
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import records
+from safetensors.torch import load_file
+
+import checkpoint
+import metrics
+import train
+from data import Order
+from errors import UserError
+from model import SIZES, Pythia
+from model.huggingface import load, save
+
+ROOT = Path(__file__).parents[1]
+PUBLISHED = train.Settings(size="14m", steps=143_000, lr=1e-3)
+
+
+def command(*arguments: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, ROOT / "train.py", *map(str, arguments)], capture_output=True, text=True, **options
+    )
+
+
+# The rules of an update
+
+
+@pytest.mark.parametrize(
+    ("updates", "rate"),
+    [
+        (0, 0.0),
+        (1, 6.993e-7),
+        (715, 5e-4),
+        (1430, 1e-3),
+        (10_000, 9.91164e-4),
+        (36_000, 8.62599e-4),
+        (71_500, 5.15705e-4),
+        (100_000, 2.19868e-4),
+        (115_138, 1.000060e-4),
+        (115_139, 1e-4),
+        (142_999, 1e-4),
+    ],
+)
+def test_published_learning_rate(updates, rate):
+    assert train.learning_rate(PUBLISHED, updates) == pytest.approx(rate, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("updates", "rate"),
+    [(0, 0.0), (1430, 1e-3), (10_000, 9.91887e-4), (36_000, 8.73953e-4), (71_500, 5.57140e-4), (100_000, 2.89788e-4)],
+)
+def test_textbook_learning_rate(updates, rate):
+    assert train.learning_rate(replace(PUBLISHED, schedule="cosine"), updates) == pytest.approx(rate, rel=1e-5)
+    assert train.learning_rate(replace(PUBLISHED, schedule="cosine"), 143_000) == pytest.approx(1e-4)
+
+
+def test_loss_scaler_is_that_of_deepspeed():
+    """The state machine written from DeepSpeed's description: a step counter and the step of the last overflow."""
+    draw = random.Random(3)
+    for window in (3, 10, 1000):
+        ours = train.LossScaler(window=window)
+        scale, hysteresis, last_overflow = 4096.0, 2, -1
+        for step in range(5000):
+            overflow = draw.random() < draw.choice((0.0, 0.02, 0.5))
+            ours.update(overflow)
+            if overflow:
+                if hysteresis == 1:
+                    scale = max(scale / 2, 1.0)
+                else:
+                    hysteresis -= 1
+                last_overflow = step
+            elif (step - last_overflow) % window == 0:
+                hysteresis, scale = 2, scale * 2
+            assert (ours.scale, ours.hysteresis) == (scale, hysteresis)
+
+
+def test_loss_scaler_by_hand():
+    scaler = train.LossScaler()
+    scales = []
+    for overflow in [True, True, True] + [False] * 1000 + [True, True]:
+        scaler.update(overflow)
+        scales.append(scaler.scale)
+    assert scales[:3] == [4096, 2048, 1024]
+    assert scales[1001:] == [1024, 2048, 2048, 1024]  # doubled and refilled after 1000; one overflow is forgiven again
+    for _ in range(30):
+        scaler.update(True)
+    assert scaler.scale == 1.0
+    assert scaler.overflows == 32
+
+
+def test_optimizer_decays_matrices_only(tiny):
+    model = Pythia(tiny)
+    optimizer = train.make_optimizer(model, 1e-3)
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, others = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+    assert decayed == {
+        n for n in names.values() if n in ("embed", "unembed") or (n.endswith("weight") and "norm" not in n)
+    }
+    assert others == set(names.values()) - decayed
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+
+    weight = model.blocks[0].qkv.weight
+    before, g = weight.detach().double().clone(), torch.randn_like(weight)
+    m = v = torch.zeros_like(before)
+    expected = before
+    for t in (1, 2, 3):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        weight.grad = g.clone()
+        optimizer.step()
+        m, v = 0.9 * m + 0.1 * g.double(), 0.95 * v + 0.05 * g.double() ** 2
+        step = (m / (1 - 0.9**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-8)
+        expected = expected - 1e-3 * (step + 0.1 * expected)
+    torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_gradient_norm_is_exact_for_millions_of_elements():
+    p = torch.nn.Parameter(torch.empty(6_400_000))
+    p.grad = torch.rand(6_400_000, generator=torch.Generator().manual_seed(0)) * 1e-3
+    exact = math.sqrt(np.square(p.grad.numpy().astype(np.float64)).sum())
+    assert train.gradient_norm([p]).item() == pytest.approx(exact, rel=1e-12)
+
+
+# Whole runs
+
+
+def test_run_equals_transformers_in_an_ordinary_loop(run, corpus, tiny):
+    """The same rows, weights and rules with none of our model, kernels or loop: losses, norms and final weights."""
+    directory = run("--micro-batch", "2", "--export-gelu", "trained")
+    ours = records(directory)
+    theirs = transformers.GPTNeoXForCausalLM.from_pretrained(directory / "step0")
+    order = Order(corpus, math.ceil(9 * 4 * 1.005), 32, 1234)
+    matrices = [p for p in theirs.parameters() if p.dim() > 1]
+    vectors = [p for p in theirs.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0}],
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
+    for step in range(9):
+        rows = np.stack([order[i] for i in range(4 * step, 4 * step + 4)])
+        tokens = torch.from_numpy(rows.astype(np.int64))
+        logits = theirs(tokens[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        rate = max(5e-4 * (1 + math.cos(math.pi * (min(step, 8.91) - 0.09) / 9)), 1e-4) if step else 0.0
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        assert ours[step]["loss"] == pytest.approx(loss.item(), abs=2e-5)
+        assert ours[step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        assert ours[step]["lr"] == pytest.approx(rate, rel=1e-9)
+        digests = b"".join(hashlib.sha256(row.tobytes()).digest() for row in rows)
+        assert ours[step]["batch_sha256"] == hashlib.sha256(digests).hexdigest()
+        assert (ours[step]["step"], ours[step]["tokens"]) == (step, (step + 1) * 4 * 32)
+    final = load_file(directory / "step9" / "model.safetensors")
+    for name, p in theirs.state_dict().items():
+        torch.testing.assert_close(final[name.replace("lm_head", "embed_out")], p, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_resume_is_exact_at_every_checkpoint(run, precision):
+    """Stopped after each of 1 .. 8 steps, published or not: records and final bytes are those of the whole run."""
+    flags = ("--precision", precision)
+    whole = run(*flags, out="whole")
+    expected = (
+        (whole / "step9" / "model.safetensors").read_bytes(),
+        (whole / "step9" / "state" / "state-00001-of-00001.safetensors").read_bytes(),
+    )
+    for k in range(1, 9):
+        run(*flags, "--stop-at", k, out=f"cut{k}")
+        cut = run(*flags, out=f"cut{k}")
+        assert records(cut) == records(whole)
+        assert (cut / "step9" / "model.safetensors").read_bytes() == expected[0]
+        assert (cut / "step9" / "state" / "state-00001-of-00001.safetensors").read_bytes() == expected[1]
+        starts = json.loads((cut / "run.json").read_text())["starts"]
+        assert [start["step"] for start in starts] == [0, k]
+
+
+def test_resume_from_step_zero_and_after_a_crash(run, capsys):
+    """A run killed between checkpoints goes back to the newest one and writes the records since then again."""
+    whole = run(out="whole")
+    crashed = run("--stop-at", "7", out="crashed")
+    for name in ("step7", "step4", "step2", "step1"):  # as if killed right after step 0 was saved
+        checkpoint.shutil.rmtree(crashed / name)
+    state = checkpoint.shutil.copytree(whole / "step0", crashed / "step0", dirs_exist_ok=True)
+    assert state.exists()
+    run("--stop-at", "3", "--keep-state", "9", out="again")
+    checkpoint.shutil.rmtree(crashed / "step0")
+    checkpoint.shutil.copytree(crashed.parent / "again" / "step0", crashed / "step0")
+    (crashed / "metrics.jsonl").open("a").write('{"step": 7, "lo')  # cut off in the middle of a line
+    assert records(run(out="crashed")) == records(whole)
+
+
+def test_saved_steps_and_model_files(run):
+    directory = run()
+    assert checkpoint.saved_steps(directory) == [0, 1, 2, 4, 8, 9]
+    assert checkpoint.steps_with_state(directory) == [8, 9]
+    zero, one = (load_file(directory / f"step{n}" / "model.safetensors") for n in (0, 1))
+    assert all(torch.equal(zero[name], one[name]) for name in zero)  # the first update has learning rate 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory / "step9")
+    assert tokenizer.decode(tokenizer("def é")["input_ids"]) == "def é"
+
+
+def test_micro_batches_add_up_to_the_batch(run):
+    whole, parts = records(run("--micro-batch", "4", out="a")), records(run("--micro-batch", "1", out="b"))
+    for one, four in zip(whole, parts):
+        assert one["loss"] == pytest.approx(four["loss"], abs=1e-5)
+        assert one["batch_sha256"] == four["batch_sha256"]
+
+
+@pytest.mark.parametrize("recompute", ["cheap", "full"])
+def test_recompute_trains_the_same_bits_and_may_change_on_resume(run, recompute):
+    expected = records(run(out="none"))
+    run("--stop-at", "5", out="other")
+    assert records(run("--recompute", recompute, out="other")) == expected
+
+
+def test_float16_overflow_skips_update_and_schedule_not_the_data(run, monkeypatch):
+    monkeypatch.setattr(train.LossScaler.__init__, "__defaults__", (2.0**30, 1000, 2))
+    directory = run("--precision", "fp16", "--steps", "40")
+    rows = records(directory)
+    overflowed = [r for r in rows if r["grad_norm"] is None]
+    assert 2 <= len(overflowed) < 40
+    assert [r["loss_scale"] for r in rows[:4]] == [2.0**30, 2.0**30, 2.0**29, 2.0**28]
+    updates = 0
+    settings = replace(PUBLISHED, steps=40)
+    for r in rows:
+        assert r["lr"] == train.learning_rate(settings, updates)
+        updates += r["grad_norm"] is not None
+    assert len({r["batch_sha256"] for r in rows}) == 40
+    counters = json.loads((directory / "step40" / "state" / "counters.json").read_text())
+    assert counters["updates"] == counters["adam_step"] == updates
+
+
+def test_fifty_overflows_in_a_row_end_the_run(run, monkeypatch):
+    monkeypatch.setattr(train.LossScaler.__init__, "__defaults__", (2.0**200, 1000, 2))
+    with pytest.raises(UserError, match=r"50 steps in a row.*--precision bf16"):
+        run("--precision", "fp16", "--steps", "60")
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(run, tiny, tmp_path):
+    model = Pythia(tiny)
+    with torch.no_grad():
+        model.blocks[1].mlp_out.bias[3] = math.nan
+    save(model, tmp_path / "broken", torch.float32)
+    with pytest.raises(UserError, match=r"step 0, rows 0 to 3: loss nan.*last good checkpoint is .*step0"):
+        run("--init-from", tmp_path / "broken", out="run")
+    assert checkpoint.problems(tmp_path / "run" / "step0") == []
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(run, monkeypatch, tmp_path):
+    real, calls = train.gradient_norm, []
+
+    def broken(parameters):
+        calls.append(0)
+        return real(parameters) * (math.inf if len(calls) == 6 else 1.0)
+
+    monkeypatch.setattr(train, "gradient_norm", broken)
+    with pytest.raises(UserError, match=r"step 5, rows 20 to 23: loss [\d.]+, gradient norm inf.*step4 *$"):
+        run()
+    monkeypatch.setattr(train, "gradient_norm", real)
+    assert records(run()) == records(run(out="whole"))
+
+
+def test_init_from(run, tiny, tmp_path):
+    start = Pythia(tiny, seed=77)
+    save(start, tmp_path / "start", torch.float32)
+    directory = run("--init-from", tmp_path / "start")
+    zero = load(directory / "step0")
+    assert all(torch.equal(a, b) for a, b in zip(zero.parameters(), start.parameters()))
+    save(Pythia(replace(tiny, layers=3)), tmp_path / "deeper", torch.float32)
+    with pytest.raises(UserError, match="is no 14m: layers is 3"):
+        run("--init-from", tmp_path / "deeper", out="other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+def test_compiled_run_is_close(run):
+    expected, compiled = records(run(out="a")), records(run("--compile", out="b"))
+    for one, other in zip(expected, compiled):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
+
+
+# Signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_and_saves(run, monkeypatch, capsys, number):
+    real = metrics.Metrics.record
+
+    def record(self, **values):
+        if values["step"] == 4:
+            signal.raise_signal(number)
+            signal.raise_signal(number)  # torchrun hands on what the terminal has sent already
+        real(self, **values)
+
+    monkeypatch.setattr(metrics.Metrics, "record", record)
+    directory = run(out="cut")
+    assert checkpoint.saved_steps(directory)[-1] == 5
+    assert "paused at step 5 of 9; the same line goes on" in capsys.readouterr().out
+    monkeypatch.setattr(metrics.Metrics, "record", real)
+    assert records(run(out="cut")) == records(run(out="whole"))
+
+
+def test_a_second_signal_stops_at_once():
+    script = "import signal, time, train\nstop = train.StopSignal()\nsignal.raise_signal(2)\ntime.sleep(1.1)\n"
+    script += "assert stop.requested\nsignal.raise_signal(2)\nprint('alive')"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 130
+    assert "alive" not in done.stdout
+
+
+def test_interrupt_of_torchrun_from_a_terminal(tmp_path, corpus):
+    """Ctrl-C reaches torchrun and the trainer; the trainer saves, and the same line resumes."""
+    line = [Path(sys.executable).with_name("torchrun"), ROOT / "train.py", "--size", "14m", "--data", corpus]
+    line += ["--steps", "1000", "--batch-size", "1", "--seq-len", "16", "--out", tmp_path / "run"]
+    with subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as job:
+        until = time.monotonic() + 60
+        while not (tmp_path / "run" / "step2" / "manifest.json").exists():
+            assert job.poll() is None, job.stderr.read()
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        os.killpg(job.pid, signal.SIGINT)
+        out, _ = job.communicate(timeout=60)
+    last = checkpoint.saved_steps(tmp_path / "run")[-1]
+    assert f"paused at step {last} of 1000" in out
+    assert len(records(tmp_path / "run")) == last
+    assert checkpoint.problems(tmp_path / "run" / f"step{last}") == []
+
+
+# Bad input: one line, nothing written
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--size", "3b"], "--size.*3b.*14m.*12b"),
+        ([], "--size"),
+        (["--size", "14m", "--stpes", "3"], "--stpes"),
+        (["--size", "14m", "--steps", "many"], "--steps.*many"),
+        (["--size", "14m", "--steps", "0"], "--steps must be positive"),
+        (["--size", "14m", "--batch-size", "-4"], "--batch-size must be positive"),
+        (["--size", "14m", "--batch-size", "6", "--micro-batch", "4"], "--micro-batch 4.*3 or 6"),
+        (["--size", "14m", "--lr", "-1"], "--lr must be positive"),
+        (["--size", "14m", "--stop-at", "143001"], "--stop-at 143001.*143000"),
+        (["--size", "14m", "--precision", "fp8"], "--precision.*fp8"),
+        (["--size", "14m", "--log", "tensorboard,mlflow"], "--log.*mlflow"),
+    ],
+)
+def test_bad_settings(flags, message):
+    with pytest.raises(UserError, match=message):
+        train.parse(flags)
+
+
+def test_bad_settings_are_one_line(tmp_path):
+    done = command("--size", "3b", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: argument --size: invalid choice: '3b'")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_processes_are_refused(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one process"):
+        run()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_token_outside_the_vocabulary(run, tiny, monkeypatch, tmp_path):
+    monkeypatch.setitem(SIZES, "14m", replace(tiny, vocab=100))
+    with pytest.raises(
+        UserError, match=r"step 0, row \d+, position \d+: token id \d+ is outside the vocabulary of 100"
+    ):
+        run()
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_is_missing_or_too_short(run, tmp_path):
+    with pytest.raises(UserError, match=r"nothing"):
+        run("--data", tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"row"):
+        run("--seq-len", 10_000_000)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_directory_of_something_else(run, corpus, tmp_path):
+    directory = run("--stop-at", "2")
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"--seed \(1234 there, 5 here\), --lr \(0.001 there, 0.1 here\)"):
+        run("--seed", "5", "--lr", "0.1")
+    other = tmp_path / "other"
+    for suffix in (".bin", ".idx"):
+        checkpoint.shutil.copy(f"{corpus}{suffix}", f"{other}{suffix}")
+    run("--data", other, "--stop-at", "2")  # the same data elsewhere is the same run
+    from prepare import prepare
+
+    (tmp_path / "more.txt").write_text("some other text " * 500)
+    prepare([tmp_path / "more.txt"], tmp_path / "more")
+    with pytest.raises(UserError, match="the order of the data"):
+        run("--data", tmp_path / "more")
+    assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
+
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match="no run directory"):
+        run(out="home")
+    assert [path.name for path in (tmp_path / "home").iterdir()] == ["thesis.tex"]
+
+    (directory / "run.json").write_text("{")
+    with pytest.raises(UserError, match=r"run\.json is damaged"):
+        run()
+
+
+def test_finished_and_paused_runs_say_so(run, capsys):
+    run("--stop-at", "3")
+    assert "paused at step 3 of 9; the same line without --stop-at goes on" in capsys.readouterr().out
+    run("--stop-at", "2")
+    assert "is at step 3" in capsys.readouterr().out
+    run()
+    assert "finished" in capsys.readouterr().out
+    before = (run() / "run.json").read_bytes()
+    assert "is finished" in capsys.readouterr().out
+    assert (run() / "run.json").read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_refused(run, tmp_path):
+    directory = run("--stop-at", "4")
+    file = directory / "step4" / "state" / "state-00001-of-00001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=r"state-00001-of-00001\.safetensors is damaged in tensor .*remove .*step4"):
+        run()
+    assert len(records(directory)) == 4
+    checkpoint.shutil.rmtree(directory / "step4")
+    assert records(run()) == records(run(out="whole"))
+
+
+# Plans, records, loggers
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_plan_knows_every_size(size):
+    s = train.parse(["--size", size, "--plan"])
+    text = train.plan.plan(SIZES[size], s.steps, s.batch_size, s.micro_batch, s.seq_len, s.precision, s.recompute)
+    assert f"{SIZES[size].parameters:,}" in text
+    assert "299,892,736,000" in text
+
+
+def test_plan_of_the_largest_is_quick_and_small(tmp_path):
+    script = "import resource, sys; sys.path.insert(0, sys.argv.pop(1)); import train; train.main()\n"
+    script += "print('kilobytes', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    line = [sys.executable, "-c", script, ROOT, "--size", "12b", "--plan"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert "11,846,072,320" in done.stdout
+    assert int(done.stdout.split()[-1]) < 1_000_000
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_flag_has_help():
+    done = command("--help")
+    assert done.returncode == 0
+    for f in fields(train.Settings):
+        assert "--" + f.name.replace("_", "-") in done.stdout
+        assert len(f.metadata["help"]) > 10
+
+
+def test_damaged_records_are_not_thrown_away(run):
+    directory = run("--stop-at", "3")
+    (directory / "metrics.jsonl").write_text("not json\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged"):
+        run()
+    assert (directory / "metrics.jsonl").read_text() == "not json\n"
+
+
+def test_loggers(run, monkeypatch, tmp_path):
+    logged = []
+
+    class Writer:
+        def __init__(self, folder):
+            self.folder = folder
+
+        def add_scalar(self, key, value, step):
+            logged.append((key, value, step))
+
+    wandb = type(sys)("wandb")
+    wandb.init = lambda **options: logged.append(options["config"]["size"])
+    wandb.log = lambda values, step: logged.append((step, values["loss"]))
+    tensorboard = type(sys)("torch.utils.tensorboard")
+    tensorboard.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
+    losses = [(r["step"], r["loss"]) for r in records(run("--log", "tensorboard,wandb"))]
+    assert logged[0] == "14m"
+    assert [entry for entry in logged if len(entry) == 2] == losses
+    assert [(step, value) for key, value, step in (e for e in logged if len(e) == 3) if key == "loss"] == losses
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        run("--log", "wandb", out="other")
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
+def test_freed_memory_is_reused():
+    """Eight large tensors, one after the other, cost the page faults of one."""
+    script = (
+        "import resource, sys, torch, train\n"
+        "if sys.argv[1] == 'reuse': train.reuse_freed_memory()\n"
+        "for _ in range(8): torch.ones(30_000_000)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)"
+    )
+    faults = {}
+    for mode in ("reuse", "default"):
+        line = [sys.executable, "-c", script, mode]
+        faults[mode] = int(subprocess.run(line, cwd=ROOT, capture_output=True, text=True).stdout)
+    assert faults["default"] - faults["reuse"] > 6 * 30_000_000 * 4 / 4096
