@@ -199,7 +199,7 @@ def initial_rows(config: Config, name: str, shape: tuple[int, ...], seed: int, r
     start, stop, _ = rows.indices(shape[0])
     if len(shape) == 1:
         return np.full(stop - start, float("norm" in name and name.endswith("weight")), dtype=np.float32)
-    key = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:16])
+    key = int.from_bytes(hashlib.sha256(f"{name}/{seed}".encode()).digest()[:16])
     values = np.empty((stop - start, *shape[1:]), dtype=np.float32)
     for first in range(start - start % INIT_BLOCK, stop, INIT_BLOCK):
         generator = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, first]))
@@ -212,4 +212,5 @@ def initial_rows(config: Config, name: str, shape: tuple[int, ...], seed: int, r
 @lru_cache(maxsize=8)
 def _tables(config: Config, seq_len: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(dtype, torch.float32)
-    return rotary_tables(seq_len, config.rotary_dim, config.rotary_base, dtype, device)
+    with torch.inference_mode(False):  # made while generating, they must serve in training too
+        return rotary_tables(seq_len, config.rotary_dim, config.rotary_base, dtype, device)

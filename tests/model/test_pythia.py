@@ -16,7 +16,7 @@ from model.pythia import INIT_BLOCK, init_std, initial_rows
 from parallel import RECOMPUTE, set_recompute
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "hf"
-PINNED = (-0.03208280, 0.06654617, 0.08887393)
+PINNED = (-0.00681692, 0.05345108, -0.03836452)
 TINY = replace(SIZES["14m"], vocab=384, layers=2)
 
 
@@ -153,3 +153,13 @@ def test_memory_of_the_loss_is_a_chunk_not_all_logits():
         model(tokens[:, :-1], tokens[:, 1:]).backward()
     largest = max(event.cpu_memory_usage for event in profile.events() if event.name == "aten::mm")
     assert largest <= 1024 * 50_304 * 4
+
+
+def test_training_after_inference():
+    """The rotary tables are kept between calls; those made in inference mode must not spoil a later backward pass."""
+    model = Pythia(replace(TINY, seq_len=77))
+    tokens = torch.zeros(1, 5, dtype=torch.long)
+    with torch.inference_mode():
+        model(tokens)
+    model(tokens, tokens).backward()
+    assert model.embed.grad is not None
