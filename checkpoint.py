@@ -59,7 +59,7 @@ def save(
     final, temporary = run / f"step{step}", run / f".step{step}.tmp"
     parameters = dict(model.named_parameters())
     elements = sum(p.numel() for p in parameters.values())
-    needed = elements * (dtype.itemsize + 3 * 4) + 2**20 * (4 + len(parameters) // 500)
+    needed = elements * (dtype.itemsize + 3 * 4) + 2**24  # weights twice, two moments, and the small files
     if (free := shutil.disk_usage(run).free) < needed:
         raise UserError(
             f"no room for {final}: it needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
@@ -238,8 +238,18 @@ def saved_steps(run: Path) -> list[int]:
 
 
 def steps_with_state(run: Path) -> list[int]:
-    """The steps a run can be resumed from, ascending."""
-    return [step for step in saved_steps(run) if (run / f"step{step}" / "state").is_dir()]
+    """The steps a run can be resumed from, ascending. UserError when a manifest is damaged."""
+    steps = [step for step in saved_steps(run) if (run / f"step{step}" / "state").is_dir()]
+    return [step for step in steps if "state/counters.json" in _read_manifest(run / f"step{step}")["files"]]
+
+
+def clean_up(run: Path) -> None:
+    """Remove what a save that was killed has left behind."""
+    for old in run.glob(".step*.old.tmp"):  # killed between the two renames of a step that was saved again
+        if not (final := run / old.name[1:].removesuffix(".old.tmp")).exists():
+            old.rename(final)
+    for leftover in run.glob(".step*.tmp"):
+        shutil.rmtree(leftover)
 
 
 def restore(directory: Path, model: Pythia, optimizer: torch.optim.Optimizer) -> dict:

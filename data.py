@@ -46,6 +46,8 @@ MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, n, m
 DTYPES = {code: np.dtype(name) for code, name in {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}.items()}
 
+DEMO = {"data": "demo", "steps": 60, "batch_size": 16, "seq_len": 256}  # what --demo stands for, here and in train.py
+
 CACHE_FORMAT = 1
 MAPS = ("doc_idx", "sample_idx", "shuffle_idx")
 
@@ -602,11 +604,14 @@ def main() -> None:
         "--data corpora/mine --steps 1000 --step 10 --row 3",
     )
     for sub in (info, view):
+        sub.add_argument("--demo", action="store_true", help="the rows of `train.py --demo`")
         sub.add_argument("--data", default="demo", help="prefix, pre-shuffled directory, or demo (default)")
         sub.add_argument("--seed", type=int, default=1234, help="as given to train.py (default 1234)")
         sub.add_argument("--seq-len", type=int, default=2048, metavar="N", help="tokens (default 2048)")
         sub.add_argument("--batch-size", type=int, default=1024, metavar="N", help="rows a step (default 1024)")
         sub.add_argument("--steps", type=int, default=143000, metavar="N", help="of the whole run (default 143000)")
+        if "--demo" in sys.argv:
+            sub.set_defaults(**DEMO)
     view.add_argument("--step", type=int, required=True, metavar="T", help="counted from 0")
     view.add_argument("--row", type=int, metavar="R", help="only this row of the step, counted from 0")
     view.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json (default: the one beside the data)")

@@ -81,8 +81,7 @@ class Settings:
     log: str = setting("", "also log to tensorboard, wandb, or both (tensorboard,wandb)", fixed=False)
 
 
-# A higher rate than published: sixty steps are too few for a small one.
-DEMO = {"data": "demo", "steps": 60, "batch_size": 16, "seq_len": 256, "lr": 3e-3}
+DEMO = {**data.DEMO, "lr": 3e-3}  # sixty steps are too few for the published rate
 
 
 def parse(arguments: list[str]) -> Settings:
@@ -100,7 +99,7 @@ def parse(arguments: list[str]) -> Settings:
 
     s.out = s.out or f"runs/pythia-{s.size}"
     s.lr = s.lr or SIZES[s.size].lr
-    s.precision = s.precision or ("bf16" if torch.cuda.is_available() else "fp32")
+    s.precision = s.precision or ("bf16" if torch.cuda.is_available() or s.plan else "fp32")
     s.micro_batch = s.micro_batch or math.gcd(8, s.batch_size)
     for name in ("steps", "batch_size", "micro_batch", "seq_len", "keep_state", "lr"):
         if not getattr(s, name) > 0:
@@ -185,6 +184,7 @@ def train(s: Settings) -> None:
         )
     run, facts = Path(s.out), data.data_facts(rows)
     check_run(run, s, facts)
+    checkpoint.clean_up(run)
     resumable = checkpoint.steps_with_state(run)
     start, last = (resumable[-1] if resumable else 0), s.stop_at or s.steps
     if start >= last:
@@ -368,7 +368,7 @@ def reuse_freed_memory() -> None:
     By default it returns large tensors to the system and faults every page in anew: half the time of a small model on
     a CPU. The C library of other systems has no such call.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         m_trim_threshold, m_mmap_threshold, most = -1, -3, 2**31 - 1
         mallopt(m_mmap_threshold, most)

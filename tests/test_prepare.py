@@ -474,3 +474,8 @@ def test_demo(tmp_path, monkeypatch, capsys):
     assert Path("runs/demo.bin").stat().st_mtime_ns == written
     assert capsys.readouterr().err == ""
     assert IndexedTokens("runs/demo").tokens == rows.data.tokens
+
+    demo = data.open_rows("demo", data.requested_samples(60, 16), seq_len=256)  # the rows of `train.py --demo`
+    seen = command(tmp_path, "view", "--demo", "--step", "7", "--row", "3")
+    assert seen.stdout.startswith("--- step 7, row 3 of 16 (row 115 of the order)")
+    assert prepare.byte_tokenizer().decode(demo[115].tolist(), skip_special_tokens=False) in seen.stdout

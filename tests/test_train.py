@@ -1,6 +1,5 @@
 """The trainer against formulas written out, against transformers with an ordinary loop, and against itself resumed."""
 
-import ctypes
 import hashlib
 import json
 import math
@@ -382,6 +381,13 @@ def test_bad_settings_are_one_line(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_demo_sets_defaults_only():
+    s = train.parse(["--size", "70m", "--demo"])
+    assert (s.data, s.steps, s.batch_size, s.seq_len, s.out) == ("demo", 60, 16, 256, "runs/pythia-70m")
+    s = train.parse(["--steps", "7", "--size", "70m", "--demo", "--lr", "1e-4", "--data", "other"])
+    assert (s.data, s.steps, s.batch_size, s.lr) == ("other", 7, 16, 1e-4)
+
+
 def test_several_processes_are_refused(run, monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="one process"):
@@ -523,7 +529,7 @@ def test_loggers(run, monkeypatch, tmp_path):
         run("--log", "wandb", out="other")
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc has mallopt")
 def test_freed_memory_is_reused():
     """Eight large tensors, one after the other, cost the page faults of one."""
     script = (
