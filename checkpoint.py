@@ -19,14 +19,13 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from errors import Parser, UserError, run_command
 from model import Pythia
 from model.huggingface import save as save_huggingface
-from model.huggingface import shard
+from model.huggingface import shard, write_tensors
 
 FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names of Adam's first and second moment
@@ -35,6 +34,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names of Adam's first and second 
 def is_published_step(step: int, last: int) -> bool:
     """Whether Pythia publishes this step: 0, the powers of two to 512, every thousand, the last. 154 of 143,000."""
     return step in (0, last) or step % 1000 == 0 or (step <= 512 and step.bit_count() == 1)
+
+
+# What a damaged or hostile file can make of reading it: json nests too deep, offsets overflow, entries are no dicts.
+DAMAGE = (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
 
 
 # Saving
@@ -56,32 +59,39 @@ def save(
     dtype and hidden_act are those of the Hugging Face files; counters (JSON) is handed back by restore. Raises
     UserError, leaving what was there untouched, when the disk is full or can not be written.
     """
-    final, temporary = run / f"step{step}", run / f".step{step}.tmp"
+    final, temporary, aside = run / f"step{step}", run / f".step{step}.tmp", run / f".step{step}.old.tmp"
     parameters = dict(model.named_parameters())
     elements = sum(p.numel() for p in parameters.values())
     needed = elements * (dtype.itemsize + 3 * 4) + 2**24  # weights twice, two moments, and the small files
-    if (free := shutil.disk_usage(run).free) < needed:
-        raise UserError(
-            f"no room for {final}: it needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
-            f"nothing was written, make room and run the same line again"
-        )
     try:
+        run.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(run).free) < needed:
+            raise UserError(
+                f"no room for {final}: it needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
+                f"nothing was written, make room and run the same line again"
+            )
         shutil.rmtree(temporary, ignore_errors=True)
         save_huggingface(model, temporary, dtype, hidden_act, tokenizer)
         _save_state(temporary / "state", parameters, optimizer, counters)
         _write_manifest(temporary, step)
         if final.exists():  # the same step saved again
-            final.rename(run / f".step{step}.old.tmp")
+            final.rename(aside)
         temporary.rename(final)
         _flush(run)
-        shutil.rmtree(run / f".step{step}.old.tmp", ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
+        if aside.exists() and not final.exists():
+            aside.rename(final)
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
             f"{final} could not be saved ({error.strerror or error}); earlier checkpoints are whole"
         ) from None
-    for old in steps_with_state(run)[:-keep_state]:
-        drop_state(run / f"step{old}")
+    try:
+        for old in steps_with_state(run)[:-keep_state]:
+            drop_state(run / f"step{old}")
+    except OSError as error:
+        raise UserError(f"{final} is saved, the state of an older step can not be removed ({error.strerror})") from None
     return final
 
 
@@ -97,7 +107,7 @@ def _save_state(
     shards = shard({name: t.numel() * t.element_size() for name, t in tensors.items()})
     for i, names in enumerate(shards):
         file = directory / f"state-{i + 1:05}-of-{len(shards):05}.safetensors"
-        save_file({name: tensors[name].cpu().contiguous() for name in names}, file)
+        write_tensors({name: tensors[name].cpu().contiguous() for name in names}, file)
     adam_steps = {int(optimizer.state[p]["step"]) for p in parameters.values() if p in optimizer.state} or {0}
     if len(adam_steps) > 1:
         raise RuntimeError(f"parameters disagree on Adam's step: {adam_steps}")
@@ -107,7 +117,6 @@ def _save_state(
 def _write_manifest(directory: Path, step: int) -> None:
     paths = sorted(p for p in directory.rglob("*") if p.is_file() and p != directory / "manifest.json")
     for path in paths:
-        path.chmod(0o666 & ~_umask())  # safetensors leaves its files readable to their owner only
         _flush(path)
     manifest = {
         "format": FORMAT,
@@ -120,12 +129,6 @@ def _write_manifest(directory: Path, step: int) -> None:
     temporary.rename(directory / "manifest.json")
     for folder in {path.parent for path in paths} | {directory}:
         _flush(folder)
-
-
-def _umask() -> int:
-    mask = os.umask(0)  # there is no other way to read it
-    os.umask(mask)
-    return mask
 
 
 def _flush(path: Path) -> None:
@@ -145,7 +148,7 @@ def drop_state(directory: Path) -> None:
     temporary.write_text(json.dumps(manifest, indent=1) + "\n")
     _flush(temporary)
     temporary.rename(directory / "manifest.json")
-    shutil.rmtree(directory / "state")
+    shutil.rmtree(directory / "state", ignore_errors=True)
 
 
 # Checksums
@@ -202,7 +205,7 @@ def problems(directory: Path) -> list[str]:
         except FileNotFoundError:
             found.append(f"{path} is missing")
             continue
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except DAMAGE as error:
             found.append(f"{path} is damaged: {error}")
             continue
         if actual == expected:
@@ -216,14 +219,15 @@ def _read_manifest(directory: Path) -> dict:
     path = directory / "manifest.json"
     try:
         manifest = json.loads(path.read_text())
-        if manifest["format"] != FORMAT or f"step{manifest['step']}" != directory.name:
+        if manifest["format"] != FORMAT or f"step{manifest['step']}" != directory.resolve().name:
             raise ValueError(f"format {manifest['format']}, step {manifest['step']}")
         for name, entry in manifest["files"].items():
-            if not isinstance(entry["bytes"], int) or ".." in Path(name).parts or Path(name).is_absolute():
+            sound = isinstance(entry["bytes"], int) and isinstance(entry.get("tensors", {}), dict)
+            if not sound or ".." in Path(name).parts or Path(name).is_absolute():
                 raise ValueError(f"bad entry {name}")
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except DAMAGE as error:
         raise UserError(f"{path} is damaged: {error}") from None
     return manifest
 
@@ -276,9 +280,12 @@ def restore(directory: Path, model: Pythia, optimizer: torch.optim.Optimizer) ->
     expected = {f"{kind}/{name}" for kind in ("weight", *MOMENTS) for name in parameters}
     if missing := sorted(expected - set(where)):
         raise UserError(f"{directory / 'state'} lacks {missing[0]}")
+    if "state/counters.json" not in files:
+        raise UserError(f"{directory} lacks state/counters.json")
     counters = json.loads((directory / "state/counters.json").read_text())
 
     adam_step = float(counters.pop("adam_step"))
+    optimizer.state.clear()
     with torch.no_grad():
         for path in state_files:
             with safe_open(path, framework="pt") as tensors:

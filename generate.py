@@ -3,6 +3,7 @@
 python generate.py --checkpoint runs/pythia-14m/step60 --prompt "def "
 """
 
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +49,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, generator: torch.Gene
     """One id, drawn from softmax(logits / temperature) over the top_k largest logits [vocab]."""
     if temperature == 0:
         return logits.argmax()
+    logits = logits.double() - logits.max()  # so that a temperature near 0 leaves the likeliest
     if 0 < top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
     return torch.multinomial((logits / temperature).softmax(0), 1, generator=generator)[0]
@@ -65,8 +67,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1234, help="of the drawing (default: %(default)s)")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json, where the checkpoint has none")
     args = parser.parse_args()
-    if args.tokens < 1 or args.temperature < 0 or args.top_k < 0:
+    if args.tokens < 1 or not 0 <= args.temperature < math.inf or args.top_k < 0:
         raise UserError("--tokens must be positive, --temperature and --top-k not negative")
+    if not -(2**63) <= args.seed < 2**64:
+        raise UserError(f"--seed {args.seed} does not fit 64 bits")
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError("--prompt is not UTF-8") from None
 
     model = load(args.checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
     path = args.tokenizer or args.checkpoint / "tokenizer.json"

@@ -35,15 +35,39 @@ def rotary_tables(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first columns of x [..., seq, heads, head_dim] by the angles of cos, sin [seq, rotary_dim / 2].
+    """A copy of x [.., seq, head_dim] with its first columns rotated by the angles of cos, sin [seq, rotary_dim / 2].
 
     The arithmetic is done in the precision of the tables (float32 for half-precision x) and rounded once.
     """
-    half = cos.shape[-1]
-    cos, sin = cos[:, None], sin[:, None]  # [seq, 1, half]: the same for every head
-    first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return torch.cat((rotated.to(x.dtype), rest), dim=-1)
+    out, half = torch.empty_like(x, memory_format=torch.contiguous_format), cos.shape[-1]
+    first, second = x[..., :half], x[..., half : 2 * half]
+    out[..., :half] = first * cos - second * sin
+    out[..., half : 2 * half] = second * cos + first * sin
+    out[..., 2 * half :] = x[..., 2 * half :]
+    return out
+
+
+class _RotatedHeads(torch.autograd.Function):
+    """qkv [batch, seq, heads, 3, head_dim] -> rotated queries, rotated keys, values, [batch, heads, seq, head_dim] each.
+
+    By hand, because autograd would fill the gradient of qkv in a dozen passes.
+    """
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        q, k, v = qkv.permute(3, 0, 2, 1, 4)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v.contiguous()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        batch, heads, seq, head_dim = dq.shape
+        d_qkv = dq.new_empty(batch, seq, heads, 3, head_dim)
+        for gradient, part in zip(d_qkv.permute(3, 0, 2, 1, 4), (rotate(dq, cos, -sin), rotate(dk, cos, -sin), dv)):
+            gradient.copy_(part)
+        return d_qkv, None, None
 
 
 def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -59,8 +83,5 @@ def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             f"cos and sin must be [seq, rotary_dim / 2] with seq = {qkv.shape[1]} and rotary_dim <= {qkv.shape[4]}, "
             f"not {list(cos.shape)} and {list(sin.shape)}"
         )
-    q, k, v = qkv.unbind(3)  # [batch, seq, heads, head_dim] each
-    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    # torch wants [batch, heads, seq, head_dim]; transposed views cost nothing.
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
+    out = F.scaled_dot_product_attention(*_RotatedHeads.apply(qkv, cos, sin), is_causal=True)
     return out.transpose(1, 2)

@@ -15,35 +15,66 @@ The gradient is kept *unscaled* (between -1 and 1) until backward multiplies dy 
 1 / tokens: scaled early, almost all of it would vanish in float16.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 CHUNK = 1024  # tokens; large enough for efficient products, 206 MB of float32 logits at a vocabulary of 50304
 
 
-def _softmax_of_chunk(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss [chunk] and probabilities [chunk, vocab], both at least float32, of hidden [chunk, hidden]."""
-    # Half-precision logits are cast up before the softmax, as in GPT-NeoX v1.0.
-    logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
-    target_logit = logits.gather(1, targets[:, None])
-    largest = logits.amax(dim=1, keepdim=True)
-    probabilities = torch.softmax(logits, dim=1, out=logits)
-    # The largest probability is exp(largest - lse) >= 1 / vocab, so its logarithm is safe where that of p_t is not.
-    lse = largest - probabilities.amax(dim=1, keepdim=True).log()
-    return (lse - target_logit)[:, 0], probabilities
+def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """For each chunk of tokens: where it is, its probabilities [chunk, vocab] in at least float32, and room of the same
+    shape in the dtype of hidden. Both are the same memory in every chunk, and one another's where the dtypes are equal.
+    """
+    logits = hidden.new_empty(min(CHUNK, len(hidden)), len(weight))
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    probabilities = logits if wide == hidden.dtype else torch.empty_like(logits, dtype=wide)
+    for start in range(0, len(hidden), CHUNK):
+        rows = slice(start, min(start + CHUNK, len(hidden)))
+        z, p = logits[: rows.stop - start], probabilities[: rows.stop - start]
+        torch.mm(hidden[rows], weight.T, out=z)
+        p.copy_(z)  # half-precision logits are cast up before the softmax, as in GPT-NeoX v1.0
+        yield rows, torch.softmax(p, dim=1, out=p), z
 
 
-def _gradient_of_chunk(probabilities: Tensor, targets: Tensor) -> Tensor:
-    """softmax - onehot, written over the probabilities [chunk, vocab]."""
-    return probabilities.scatter_add_(1, targets[:, None], probabilities.new_full((len(targets), 1), -1.0))
+def _losses(probabilities: Tensor, targets: Tensor) -> Tensor:
+    """-log p_t [chunk]; infinite where p_t has vanished."""
+    return -probabilities.gather(1, targets[:, None])[:, 0].log()
 
 
-def _accumulate(d_weight: Tensor, d_logits: Tensor, y: Tensor) -> None:
-    """d_weight += d_logits^T y in the dtype of d_weight."""
-    if d_weight.dtype == y.dtype:
-        d_weight.addmm_(d_logits.T, y)
+def _repair(losses: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
+    """Compute the losses anew, as lse - z_t, of tokens so unlikely that p_t is too small for its dtype to hold well."""
+    lost = losses > 80
+    if lost.any():
+        logits = (hidden[lost] @ weight.T).to(losses.dtype)
+        losses[lost] = logits.logsumexp(dim=1) - logits.gather(1, targets[lost, None])[:, 0]
+
+
+def _add_gradients(
+    d_hidden: Tensor,
+    d_weight: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    probabilities: Tensor,
+    d_logits: Tensor,
+    d_loss: Tensor | None = None,
+) -> None:
+    """Write the gradient of a chunk's hidden states, and add that of the weight, from the chunk's probabilities.
+
+    d_loss [chunk] weighs the tokens; None weighs each with 1. d_logits is room for the gradient in the dtype of hidden.
+    """
+    t = targets[:, None]
+    probabilities.scatter_add_(1, t, probabilities.new_full(t.shape, -1.0))  # softmax - onehot
+    if d_loss is not None:
+        probabilities.mul_(d_loss[:, None])
+    d_logits.copy_(probabilities)
+    torch.mm(d_logits, weight, out=d_hidden)
+    if d_weight.dtype == hidden.dtype:
+        d_weight.addmm_(d_logits.T, hidden)
     else:
-        d_weight += d_logits.T @ y
+        d_weight += d_logits.T @ hidden
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -51,28 +82,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, mean: bool, need_gradient: bool) -> Tensor:
         losses = torch.empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         cast_weight = weight.to(hidden.dtype)
-        ctx.mean = mean
-        if not (mean and need_gradient):
-            for i in range(0, len(hidden), CHUNK):
-                losses[i : i + CHUNK], _ = _softmax_of_chunk(hidden[i : i + CHUNK], cast_weight, targets[i : i + CHUNK])
-            ctx.save_for_backward(hidden, weight, targets)
-            return losses.mean() if mean else losses
-
-        # Every token will get the same incoming gradient, so its own can be formed now.
-        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        for i in range(0, len(hidden), CHUNK):
-            y, t = hidden[i : i + CHUNK], targets[i : i + CHUNK]
-            losses[i : i + CHUNK], probabilities = _softmax_of_chunk(y, cast_weight, t)
-            d_logits = _gradient_of_chunk(probabilities, t).to(y.dtype)
-            torch.mm(d_logits, cast_weight, out=d_hidden[i : i + CHUNK])
-            _accumulate(d_weight, d_logits, y)
-        ctx.save_for_backward(d_hidden, d_weight)
-        return losses.mean()
+        # With a mean every token will get the same incoming gradient, so its own can be formed now.
+        ctx.formed = mean and need_gradient
+        if ctx.formed:
+            d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for rows, probabilities, room in _chunks(hidden, cast_weight):
+            y, t = hidden[rows], targets[rows]
+            losses[rows] = _losses(probabilities, t)
+            if ctx.formed:
+                _add_gradients(d_hidden[rows], d_weight, y, cast_weight, t, probabilities, room)
+        _repair(losses, hidden, cast_weight, targets)
+        ctx.save_for_backward(*((d_hidden, d_weight) if ctx.formed else (hidden, weight, targets)))
+        return losses.mean() if mean else losses
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.mean:
+        if ctx.formed:
             d_hidden, d_weight = ctx.saved_tensors
             scale = d_loss / len(d_hidden)
             # In place: a second backward over one graph is refused by autograd, which sees that they have changed.
@@ -80,12 +106,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden, weight, targets = ctx.saved_tensors
         cast_weight = weight.to(hidden.dtype)
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        for i in range(0, len(hidden), CHUNK):
-            y, t = hidden[i : i + CHUNK], targets[i : i + CHUNK]
-            _, probabilities = _softmax_of_chunk(y, cast_weight, t)
-            d_logits = _gradient_of_chunk(probabilities, t).mul_(d_loss[i : i + CHUNK, None]).to(y.dtype)
-            torch.mm(d_logits, cast_weight, out=d_hidden[i : i + CHUNK])
-            _accumulate(d_weight, d_logits, y)
+        for rows, probabilities, room in _chunks(hidden, cast_weight):
+            y, t = hidden[rows], targets[rows]
+            _add_gradients(d_hidden[rows], d_weight, y, cast_weight, t, probabilities, room, d_loss[rows])
         return d_hidden, d_weight, None, None, None
 
 

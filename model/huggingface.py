@@ -1,6 +1,7 @@
 """Hugging Face directories of GPT-NeoX, both ways: config.json and safetensors that transformers opens as they are."""
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -88,6 +89,17 @@ def shard(sizes: dict[str, int], limit: int = SHARD_BYTES) -> list[list[str]]:
     return shards
 
 
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file, readable by whom the umask says. Raises OSError when it can not be written."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # which is no OSError, also when the disk is full
+        raise OSError(str(error)) from None
+    mask = os.umask(0)  # there is no other way to read it
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)  # safetensors makes its files readable to their owner only
+
+
 def save(
     model: Pythia,
     directory: Path | str,
@@ -122,7 +134,7 @@ def save(
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     for file, names in zip(files, shards):  # one shard at a time is cast, so memory does not double
         tensors = {name: parameters[name].to("cpu", dtype).contiguous() for name in names}
-        save_file(tensors, directory / file, metadata={"format": "pt"})
+        write_tensors(tensors, directory / file)
 
 
 def read_config(directory: Path | str) -> Config:
@@ -132,37 +144,40 @@ def read_config(directory: Path | str) -> Config:
         stored = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{directory} holds no config.json: not a model directory") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} can not be read: {error}") from None
     if not isinstance(stored, dict) or stored.get("model_type") != "gpt_neox":
         raise UserError(f"{path} does not describe a gpt_neox model")
 
-    def number(key: str, kind: type = int, default: float | None = None) -> float:
+    def number(key: str, kind: type = int, default: float | None = None, most: float = 2**24) -> float:
         value = stored.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != kind(value) or value <= 0:
-            raise UserError(f"{path}: {key} must be a positive {kind.__name__}, not {value!r}")
+        sound = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= most
+        if not sound or value != kind(value):
+            raise UserError(f"{path}: {key} must be a positive {kind.__name__}, at most {most:g}, not {value!r}")
         return kind(value)
 
     rope = stored.get("rope_parameters") or stored.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise UserError(f"{path}: rotary embedding of type {rope.get('rope_type')!r} is not supported")
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: rope_parameters must be an object, not {rope!r}")
+    if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
+        raise UserError(f"{path}: rotary embedding of type {rope_type!r} is not supported")
     if stored.get("tie_word_embeddings") or stored.get("attention_bias") is False:
         raise UserError(f"{path}: tied embeddings and attention without bias are not supported")
-    if stored.get("hidden_act", "gelu") not in _GELU:
+    if stored.get("hidden_act", "gelu") not in list(_GELU):  # a list has no hash
         raise UserError(f"{path}: hidden_act must be one of {', '.join(_GELU)}, not {stored['hidden_act']!r}")
     stored.setdefault("rotary_emb_base", rope.get("rope_theta", 10_000))
     stored.setdefault("rotary_pct", rope.get("partial_rotary_factor", 0.25))
     config = Config(
         name=Path(directory).resolve().name,
-        layers=number("num_hidden_layers"),
+        layers=number("num_hidden_layers", most=1000),
         hidden=number("hidden_size"),
         heads=number("num_attention_heads"),
         vocab=number("vocab_size"),
         seq_len=number("max_position_embeddings", default=2048),
         ffn_ratio=number("intermediate_size") // number("hidden_size"),
-        rotary_fraction=number("rotary_pct", float),
-        rotary_base=number("rotary_emb_base", float),
-        eps=number("layer_norm_eps", float, 1e-5),
+        rotary_fraction=number("rotary_pct", float, most=1),
+        rotary_base=number("rotary_emb_base", float, most=1e12),
+        eps=number("layer_norm_eps", float, 1e-5, most=1),
         gelu=_GELU[stored.get("hidden_act", "gelu")],
         parallel=bool(stored.get("use_parallel_residual", True)),
     )
@@ -196,6 +211,8 @@ def load(directory: Path | str, dtype: torch.dtype = torch.float32) -> Pythia:
         if name not in ours:
             raise UserError(f"{file} holds {name}, which a GPT-NeoX of this configuration does not have")
         our_name, shape = ours[name]
+        if not tensor.is_floating_point():
+            raise UserError(f"{file}: {name} holds {tensor.dtype}, not floating-point numbers")
         if tensor.shape != shape:
             raise UserError(f"{file}: {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
         state[our_name] = tensor.to(dtype, copy=True)  # not a view on the file
@@ -210,15 +227,16 @@ def _tensors(directory: Path) -> Iterator[tuple[Path, str, Tensor]]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            outside = any(Path(name).name != name for name in names)
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise UserError(f"{index} can not be read: {error!r}") from None
-        if any(Path(name).name != name for name in names):
+        if outside:
             raise UserError(f"{index} names a file outside its directory")
         files = [directory / name for name in names]
     else:
         files = [directory / "model.safetensors"]
     for file in files:
-        if not file.exists():
+        if not os.path.exists(file):  # noqa: PTH110 (Path.exists raises on a name that is too long)
             pickled = (directory / "pytorch_model.bin").exists()
             hint = "; pytorch_model.bin is a pickle and is never read: convert it to safetensors" if pickled else ""
             raise UserError(f"{file} does not exist{hint}")

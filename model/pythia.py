@@ -64,12 +64,12 @@ class KVCache:
 
     def attend(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Attention of new tokens, qkv [batch, seq, heads, 3, head_dim], to themselves and to all before them."""
-        q, k, v = qkv.unbind(3)
+        q, k, v = qkv.permute(3, 0, 2, 1, 4)  # [batch, heads, seq, head_dim] each
         old, new = self.length, self.length + qkv.shape[1]
-        self.k[:, :, old:new] = rotate(k, cos, sin).transpose(1, 2)
-        self.v[:, :, old:new] = v.transpose(1, 2)
+        self.k[:, :, old:new] = rotate(k, cos, sin)
+        self.v[:, :, old:new] = v
         self.length = new
-        q, k, v = rotate(q, cos, sin).transpose(1, 2), self.k[:, :, :new], self.v[:, :, :new]
+        q, k, v = rotate(q, cos, sin), self.k[:, :, :new], self.v[:, :, :new]
         visible = torch.ones(new - old, new, dtype=torch.bool, device=q.device).tril(diagonal=old)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2)
 

@@ -1,0 +1,1 @@
+"""Measurements: the training step beside its peers (bench.step)."""
