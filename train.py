@@ -170,6 +170,14 @@ def gradient_norm(parameters: list[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
+def clip(parameters: list[Tensor], norm: float, scale: float = 1.0) -> None:
+    """Divide gradients by the loss scale, and so that their global norm, `norm` when unscaled, is at most 1."""
+    factor = min(1.0, 1.0 / (norm + 1e-6)) / scale
+    if factor != 1.0:
+        for p in parameters:
+            p.grad.mul_(factor)
+
+
 # The run
 
 
@@ -252,8 +260,7 @@ def train(s: Settings) -> None:
             if not overflow:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                for p in parameters:
-                    p.grad.mul_(min(1.0, 1.0 / (norm + 1e-6)) / scale)  # clip the global norm at 1, and unscale
+                clip(parameters, norm, scale)
                 optimizer.step()
                 updates += 1
             optimizer.zero_grad()

@@ -39,7 +39,7 @@ from bench.peers import PACKAGES, build_peer, installed
 from errors import Parser, UserError, run_command
 from model import SIZES, Config, Pythia
 from model.sizes import VOCAB_USED
-from train import gradient_norm, make_optimizer, reuse_freed_memory
+from train import clip, gradient_norm, make_optimizer, reuse_freed_memory
 
 SEED = 1234
 WARM_UP = 2  # steps, of which the first compiles
@@ -132,8 +132,7 @@ def training_step(s: Namespace, device: torch.device) -> Callable[[Tensor], tupl
         loss = ours(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
         loss, norm = torch.stack((loss.detach(), gradient_norm(parameters))).tolist()
-        for p in parameters:
-            p.grad.mul_(min(1.0, 1.0 / (norm + 1e-6)))
+        clip(parameters, norm)
         optimizer.step()
         optimizer.zero_grad()
         return loss, norm

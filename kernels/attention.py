@@ -48,7 +48,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _RotatedHeads(torch.autograd.Function):
-    """qkv [batch, seq, heads, 3, head_dim] -> rotated queries, rotated keys, values, [batch, heads, seq, head_dim] each.
+    """qkv [batch, seq, heads, 3, head_dim] -> rotated queries and keys, and values, [batch, heads, seq, head_dim] each.
 
     By hand, because autograd would fill the gradient of qkv in a dozen passes.
     """
