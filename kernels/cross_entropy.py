@@ -15,83 +15,53 @@ The gradient is kept *unscaled* (between -1 and 1) until backward multiplies dy 
 1 / tokens: scaled early, almost all of it would vanish in float16.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 CHUNK = 1024  # tokens; large enough for efficient products, 206 MB of float32 logits at a vocabulary of 50304
 
 
-def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """For each chunk of tokens: where it is, its probabilities [chunk, vocab] in at least float32, and room of the same
-    shape in the dtype of hidden. Both are the same memory in every chunk, and one another's where the dtypes are equal.
-    """
-    logits = hidden.new_empty(min(CHUNK, len(hidden)), len(weight))
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    probabilities = logits if wide == hidden.dtype else torch.empty_like(logits, dtype=wide)
+def _by_chunks(
+    hidden: Tensor, weight: Tensor, targets: Tensor, with_gradients: bool, d_losses: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Loss of every token [tokens], and the gradients, for hidden and weight, of their sum weighed by d_losses [tokens]."""
+    cast_weight, wide = weight.to(hidden.dtype), torch.promote_types(hidden.dtype, torch.float32)
+    losses = hidden.new_empty(len(hidden), dtype=wide)
+    # The same memory for every chunk: logits, then probabilities, then the gradient of the logits.
+    all_logits = hidden.new_empty(min(CHUNK, len(hidden)), len(weight))
+    all_probabilities = all_logits if wide == hidden.dtype else torch.empty_like(all_logits, dtype=wide)
+    d_hidden, d_weight = (torch.empty_like(hidden), torch.zeros_like(weight)) if with_gradients else (None, None)
     for start in range(0, len(hidden), CHUNK):
         rows = slice(start, min(start + CHUNK, len(hidden)))
-        z, p = logits[: rows.stop - start], probabilities[: rows.stop - start]
-        torch.mm(hidden[rows], weight.T, out=z)
-        p.copy_(z)  # half-precision logits are cast up before the softmax, as in GPT-NeoX v1.0
-        yield rows, torch.softmax(p, dim=1, out=p), z
-
-
-def _losses(probabilities: Tensor, targets: Tensor) -> Tensor:
-    """-log p_t [chunk]; infinite where p_t has vanished."""
-    return -probabilities.gather(1, targets[:, None])[:, 0].log()
-
-
-def _repair(losses: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
-    """Compute the losses anew, as lse - z_t, of tokens so unlikely that p_t is too small for its dtype to hold well."""
-    lost = losses > 80
-    if lost.any():
-        logits = (hidden[lost] @ weight.T).to(losses.dtype)
-        losses[lost] = logits.logsumexp(dim=1) - logits.gather(1, targets[lost, None])[:, 0]
-
-
-def _add_gradients(
-    d_hidden: Tensor,
-    d_weight: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    probabilities: Tensor,
-    d_logits: Tensor,
-    d_loss: Tensor | None = None,
-) -> None:
-    """Write the gradient of a chunk's hidden states, and add that of the weight, from the chunk's probabilities.
-
-    d_loss [chunk] weighs the tokens; None weighs each with 1. d_logits is room for the gradient in the dtype of hidden.
-    """
-    t = targets[:, None]
-    probabilities.scatter_add_(1, t, probabilities.new_full(t.shape, -1.0))  # softmax - onehot
-    if d_loss is not None:
-        probabilities.mul_(d_loss[:, None])
-    d_logits.copy_(probabilities)
-    torch.mm(d_logits, weight, out=d_hidden)
-    if d_weight.dtype == hidden.dtype:
-        d_weight.addmm_(d_logits.T, hidden)
-    else:
-        d_weight += d_logits.T @ hidden
+        y, t = hidden[rows], targets[rows, None]  # [chunk, hidden], [chunk, 1]
+        logits, probabilities = all_logits[: len(y)], all_probabilities[: len(y)]  # [chunk, vocab]
+        torch.mm(y, cast_weight.T, out=logits)
+        probabilities.copy_(logits)  # half-precision logits are cast up before the softmax, as in GPT-NeoX v1.0
+        torch.softmax(probabilities, dim=1, out=probabilities)
+        losses[rows] = -probabilities.gather(1, t)[:, 0].log()
+        if with_gradients:
+            d_logits = probabilities.scatter_add_(1, t, probabilities.new_full(t.shape, -1.0))  # softmax - onehot
+            if d_losses is not None:
+                d_logits.mul_(d_losses[rows, None])
+            d_logits = logits.copy_(d_logits)
+            torch.mm(d_logits, cast_weight, out=d_hidden[rows])
+            if d_weight.dtype == y.dtype:
+                d_weight.addmm_(d_logits.T, y)
+            else:
+                d_weight += d_logits.T @ y  # accumulated in float32
+    unlikely = losses > 80  # p_t is too small for float32 to hold well, or at all: the loss is lse - z_t
+    if unlikely.any():
+        logits = (hidden[unlikely] @ cast_weight.T).to(wide)
+        losses[unlikely] = logits.logsumexp(dim=1) - logits.gather(1, targets[unlikely, None])[:, 0]
+    return losses, d_hidden, d_weight
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, mean: bool, need_gradient: bool) -> Tensor:
-        losses = torch.empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        cast_weight = weight.to(hidden.dtype)
         # With a mean every token will get the same incoming gradient, so its own can be formed now.
         ctx.formed = mean and need_gradient
-        if ctx.formed:
-            d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        for rows, probabilities, room in _chunks(hidden, cast_weight):
-            y, t = hidden[rows], targets[rows]
-            losses[rows] = _losses(probabilities, t)
-            if ctx.formed:
-                _add_gradients(d_hidden[rows], d_weight, y, cast_weight, t, probabilities, room)
-        _repair(losses, hidden, cast_weight, targets)
+        losses, d_hidden, d_weight = _by_chunks(hidden, weight, targets, ctx.formed)
         ctx.save_for_backward(*((d_hidden, d_weight) if ctx.formed else (hidden, weight, targets)))
         return losses.mean() if mean else losses
 
@@ -103,12 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             scale = d_loss / len(d_hidden)
             # In place: a second backward over one graph is refused by autograd, which sees that they have changed.
             return d_hidden.mul_(scale), d_weight.mul_(scale), None, None, None
-        hidden, weight, targets = ctx.saved_tensors
-        cast_weight = weight.to(hidden.dtype)
-        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        for rows, probabilities, room in _chunks(hidden, cast_weight):
-            y, t = hidden[rows], targets[rows]
-            _add_gradients(d_hidden[rows], d_weight, y, cast_weight, t, probabilities, room, d_loss[rows])
+        _, d_hidden, d_weight = _by_chunks(*ctx.saved_tensors, True, d_loss)
         return d_hidden, d_weight, None, None, None
 
 

@@ -148,7 +148,8 @@ class Pythia(nn.Module):
         end = start + tokens.shape[1]
         x = F.embedding(tokens, self.embed)
         x = x.to(self.compute_dtype or x.dtype)  # [batch, seq, hidden]
-        cos, sin = _tables(self.config, max(end, self.config.seq_len), x.dtype, x.device)
+        whole = -(-end // self.config.seq_len) * self.config.seq_len  # so that few different tables are made
+        cos, sin = _tables(self.config, whole, x.dtype, x.device)
         cos, sin = cos[start:end], sin[start:end]
         attn = mlp = None
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
