@@ -24,7 +24,7 @@ CHUNK = 1024  # tokens; large enough for efficient products, 206 MB of float32 l
 def _by_chunks(
     hidden: Tensor, weight: Tensor, targets: Tensor, with_gradients: bool, d_losses: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Loss of every token [tokens], and the gradients, for hidden and weight, of their sum weighed by d_losses [tokens]."""
+    """Loss of every token [tokens], and the gradients of their sum, weighed by d_losses [tokens]."""
     cast_weight, wide = weight.to(hidden.dtype), torch.promote_types(hidden.dtype, torch.float32)
     losses = hidden.new_empty(len(hidden), dtype=wide)
     # The same memory for every chunk: logits, then probabilities, then the gradient of the logits.
