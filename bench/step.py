@@ -78,7 +78,8 @@ def parse(arguments: list[str]) -> Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every raw number there")
     parser.add_argument("--arm", help=SUPPRESS)  # this process is that arm, started by the one that the user started
     s = parser.parse_args(arguments)
-    s.against = s.against.split(",")
+    # `compile` is the plain network, which like every peer runs eager and compiled
+    s.against = list(dict.fromkeys("plain" if name == "compile" else name for name in s.against.split(",")))
     if unknown := set(s.against) - set(PACKAGES):
         raise UserError(f"--against knows {', '.join(PACKAGES)}, not {', '.join(sorted(unknown))}")
     for name in ("batch", "seq_len", "rounds"):

@@ -96,3 +96,7 @@ def test_command(mode, tmp_path):
         assert summary["tokens_per_s_min"] <= summary["tokens_per_s"] <= summary["tokens_per_s_max"]
         assert arm["peak_bytes"] > 1e8
     assert ("second pass over first" in run.stdout) == bool(mode)
+
+
+def test_compile_is_a_name_of_the_plain_network():
+    assert parse(["--against", "hf,compile,plain"]).against == ["hf", "plain"]
