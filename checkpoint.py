@@ -123,12 +123,16 @@ def _write_manifest(directory: Path, step: int) -> None:
         "step": step,
         "files": {path.relative_to(directory).as_posix(): checksums(path) for path in paths},
     }
+    _replace_manifest(directory, manifest)
+    for folder in {path.parent for path in paths} | {directory}:
+        _flush(folder)
+
+
+def _replace_manifest(directory: Path, manifest: dict) -> None:
     temporary = directory / ".manifest.json.tmp"
     temporary.write_text(json.dumps(manifest, indent=1) + "\n")
     _flush(temporary)
     temporary.rename(directory / "manifest.json")
-    for folder in {path.parent for path in paths} | {directory}:
-        _flush(folder)
 
 
 def _flush(path: Path) -> None:
@@ -144,10 +148,7 @@ def drop_state(directory: Path) -> None:
     """Remove the resumable state of a checkpoint, not its model. The manifest changes first: it is always whole."""
     manifest = json.loads((directory / "manifest.json").read_text())
     manifest["files"] = {name: entry for name, entry in manifest["files"].items() if not name.startswith("state/")}
-    temporary = directory / ".manifest.json.tmp"
-    temporary.write_text(json.dumps(manifest, indent=1) + "\n")
-    _flush(temporary)
-    temporary.rename(directory / "manifest.json")
+    _replace_manifest(directory, manifest)
     shutil.rmtree(directory / "state", ignore_errors=True)
 
 
