@@ -13,7 +13,8 @@ _aten = torch.ops.aten
 _EXPENSIVE = {
     _aten.mm.default,
     _aten.addmm.default,
-    _aten.bmm.default,
+    torch.ops.tripod.linear.default,
+    torch.ops.tripod.short_attention.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,

@@ -67,7 +67,8 @@ def parse(arguments: list[str]) -> Namespace:
         "--allocator",
         choices=["tuned", "default", "both"],
         default="tuned",
-        help="tuned: glibc keeps freed memory in every arm (default); default: each as a newcomer would run it",
+        help="tuned: glibc keeps freed memory in every arm (default); default: each as a newcomer would run it, "
+        "with nothing compiled before",
     )
     parser.add_argument("--no-compile", action="store_true", help="leave out the arms under torch.compile")
     parser.add_argument(
@@ -219,6 +220,8 @@ class Arm:
     def __init__(self, name: str, record: dict, arguments: list[str], allocator: str):
         self.record = record
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (__exit__ closes it)
+        self.cache = tempfile.TemporaryDirectory()  # a newcomer has compiled nothing yet
+        settings = {"default": {"TORCHINDUCTOR_CACHE_DIR": self.cache.name}, "tuned": TUNED}
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "bench.step", *arguments, "--arm", name],
@@ -227,7 +230,7 @@ class Arm:
             stderr=self.errors,
             text=True,
             cwd=Path(__file__).parents[1],
-            env=environment | (TUNED if allocator == "tuned" else {}),
+            env=environment | settings[allocator],
         )
 
     def __enter__(self) -> "Arm":
@@ -240,6 +243,7 @@ class Arm:
             self.process.kill()
             self.process.communicate()
         self.errors.close()
+        self.cache.cleanup()
 
     def answer(self) -> dict:
         if line := self.process.stdout.readline():
@@ -378,6 +382,7 @@ def summarize(s: Namespace, record: dict) -> dict[str, float]:
         "tokens_per_s_min": tokens / max(seconds),
         "tokens_per_s_max": tokens / min(seconds),
         "seconds_per_step": median(seconds),
+        "first_step_seconds": record["warm_up"][0]["seconds"],
         "page_faults_per_step": median(step["page_faults"] for steps in kept for step in steps),
     }
 
@@ -387,19 +392,27 @@ def table(s: Namespace, records: dict[str, dict], gemm: float, peak: float | Non
     config = shape(s)
     flops, causal = config.flops_per_token(), config.flops_per_token(causal=True)
     fractions = {"MFU": flops / peak, "causal": causal / peak} if peak else {"of GEMM": flops / gemm}
-    header = ("arm", "tokens/s", "min..max", "ms/step", "peak MB", "faults/step", "tripod/arm", *fractions)
-    lines = ["{:<16}{:>10}{:>19}{:>10}{:>9}{:>13}{:>12}".format(*header[:7]) + "".join(f"{f:>9}" for f in fractions)]
+    header = ("arm", "tokens/s", "min..max", "ms/step", "first s", "peak MB", "faults/step", "tripod/arm", *fractions)
+    columns = "{:<16}{:>10}{:>16}{:>10}{:>9}{:>9}{:>13}{:>12}" + "{:>9}" * len(fractions)
+    lines = [columns.format(*header)]
     for name, record in records.items():
         if "missing" in record:
             lines.append(f"{name:<16}{record['missing']}")
             continue
         m, late = record["summary"], any(m["kept"] and disturbed(m) for m in record["measurements"])
-        rate, spread = m["tokens_per_s"], f"{m['tokens_per_s_min']:,.0f}..{m['tokens_per_s_max']:,.0f}"
+        rate = m["tokens_per_s"]
         lines.append(
-            f"{name + '*' * late:<16}{rate:>10,.0f}{spread:>19}{1e3 * m['seconds_per_step']:>10,.1f}"
-            f"{record['peak_bytes'] / 1e6:>9,.0f}{m['page_faults_per_step']:>13,.0f}"
-            f"{records['tripod']['summary']['tokens_per_s'] / rate:>12.3f}"
-            + "".join(f"{rate * fraction:>9.1%}" for fraction in fractions.values())
+            columns.format(
+                name + "*" * late,
+                f"{rate:,.0f}",
+                f"{m['tokens_per_s_min']:,.0f}..{m['tokens_per_s_max']:,.0f}",
+                f"{1e3 * m['seconds_per_step']:,.1f}",
+                f"{m['first_step_seconds']:.1f}",
+                f"{record['peak_bytes'] / 1e6:,.0f}",
+                f"{m['page_faults_per_step']:,.0f}",
+                f"{records['tripod']['summary']['tokens_per_s'] / rate:.3f}",
+                *(f"{rate * fraction:.1%}" for fraction in fractions.values()),
+            )
         )
     measurements = [m for record in records.values() for m in record.get("measurements", [])]
     bad = [m for m in measurements if disturbed(m)]

@@ -4,11 +4,13 @@ from kernels.attention import rotary_attention, rotary_tables, rotate
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.gelu import bias_gelu
 from kernels.layernorm import add_dual_layer_norm, add_layer_norm
+from kernels.linear import linear
 
 __all__ = [
     "add_dual_layer_norm",
     "add_layer_norm",
     "bias_gelu",
+    "linear",
     "linear_cross_entropy",
     "rotary_attention",
     "rotary_tables",

@@ -22,6 +22,7 @@ from kernels import (
     add_dual_layer_norm,
     add_layer_norm,
     bias_gelu,
+    linear,
     linear_cross_entropy,
     rotary_attention,
     rotary_tables,
@@ -39,7 +40,7 @@ class Projection(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return linear(x, self.weight, self.bias)
 
 
 class Norm(nn.Module):
@@ -92,7 +93,7 @@ class Block(nn.Module):
         return self.attn_out(out.flatten(-2))  # [batch, seq, hidden]
 
     def mlp(self, v: Tensor) -> Tensor:
-        h = F.linear(v, self.mlp_in.weight.to(v.dtype))  # [batch, seq, ffn]
+        h = linear(v, self.mlp_in.weight)  # [batch, seq, ffn]
         return self.mlp_out(bias_gelu(h, self.mlp_in.bias.to(v.dtype), self.config.gelu))
 
     def forward(
@@ -156,7 +157,7 @@ class Pythia(nn.Module):
             x, attn, mlp = block(x, attn, mlp, cos, sin, cache)
         _, x = add_layer_norm(x, attn, mlp, *self.final_norm.as_dtype(x.dtype), self.config.eps)
         if targets is None:
-            return F.linear(x, self.unembed.to(x.dtype))
+            return linear(x, self.unembed)
         loss = linear_cross_entropy(x.flatten(0, 1), self.unembed, targets.flatten(), reduction)
         return loss if reduction == "mean" else loss.view(targets.shape)
 

@@ -1,17 +1,49 @@
 """A Pythia small enough to train in a test, and text for it."""
 
 import json
+import os
 import random
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before the imports below
+
 import train
+from kernels import backend
 from model import SIZES
 from prepare import prepare
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device: run `pytest -m gpu` where there is one"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def definitions() -> None:
+    """Ops run their definitions in torch, unless a test asks for Triton: the interpreter is slow."""
+    backend.choose("torch")
+
+
+@pytest.fixture
+def triton_kernels() -> Iterator[None]:
+    """Ops run their Triton kernels: on a GPU where there is one, else in Triton's interpreter."""
+    backend.choose("triton")
+    yield
+    backend.choose("torch")
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="session")

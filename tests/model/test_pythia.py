@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import SIZES, KVCache, Pythia
 from model.huggingface import huggingface_name, load, published_config
@@ -119,21 +119,31 @@ def test_initial_numbers_are_pinned():
     np.testing.assert_allclose(rows[0, :3], PINNED, rtol=1e-6)
 
 
+class CountProducts(TorchDispatchMode):
+    """How often products and attention are computed, of which torch's FLOP counter knows its own only."""
+
+    products = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.products += any(name in op.name() for name in ("mm", "linear", "attention"))
+        return op(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_recompute_changes_no_bit(dtype):
     tokens = torch.randint(0, 384, (2, 65), generator=torch.Generator().manual_seed(1))
-    gradients, flops = {}, {}
+    gradients, products = {}, {}
     for recompute in RECOMPUTE:
         model = Pythia(TINY)
         model.compute_dtype = dtype
         set_recompute(model, recompute)
-        with FlopCounterMode(display=False) as counter:
+        with CountProducts() as counter:
             model(tokens[:, :-1], tokens[:, 1:]).backward()
-        gradients[recompute], flops[recompute] = [p.grad for p in model.parameters()], counter.get_total_flops()
+        gradients[recompute], products[recompute] = [p.grad for p in model.parameters()], counter.products
     for recompute in RECOMPUTE[1:]:
         assert all(torch.equal(a, b) for a, b in zip(gradients["none"], gradients[recompute]))
-    assert flops["cheap"] == flops["none"]  # no product is computed twice
-    assert flops["full"] > flops["none"]
+    assert products["cheap"] == products["none"]  # no product is computed twice
+    assert products["full"] > products["none"]
 
 
 @pytest.mark.parametrize("parallel", [True, False])

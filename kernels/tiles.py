@@ -1,0 +1,71 @@
+"""How the attention kernels are launched: a static table by GPU and head_dim, in which nothing depends on timing.
+
+The shape of a tile sets the order of summation. Were it chosen by measuring, as an autotuner does, then two ranks, or
+two runs, could differ in the last bits.
+
+The entries are the largest tiles of which the compiler keeps all in registers (tests/kernels/test_cubins.py) and, on
+Hopper, of which products are wide: one that is only 64 columns wide needs its operands faster than shared memory can
+deliver them.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    block_q: int  # queries of a tile
+    block_k: int  # keys
+    num_warps: int
+    num_stages: int  # tiles on their way from memory, counting the one in use
+
+
+class Attention(NamedTuple):
+    forward: Tile
+    dq: Tile
+    dk: Tile
+    dv: Tile | None = None  # None: the kernel of dk forms dv as well
+
+
+# By compute capability times ten, then head_dim. A program of forward and dq owns block_q queries and walks over the
+# keys, so block_k divides block_q; one of dk and dv owns keys and walks over queries, and the other way round.
+ATTENTION = {
+    80: {
+        16: Attention(Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
+        32: Attention(Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
+        64: Attention(Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(32, 128, 8, 3)),
+        80: Attention(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 2)),
+        128: Attention(Tile(128, 32, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+        256: Attention(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+    },
+    90: {
+        16: Attention(Tile(128, 128, 8, 3), Tile(128, 128, 8, 3), Tile(128, 128, 8, 3)),
+        32: Attention(Tile(128, 128, 8, 3), Tile(128, 128, 8, 3), Tile(128, 128, 8, 3)),
+        64: Attention(Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 128, 8, 2)),
+        80: Attention(Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(64, 128, 8, 2)),
+        128: Attention(Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(64, 128, 8, 2)),
+        256: Attention(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(32, 128, 8, 2), Tile(64, 128, 8, 2)),
+    },
+    100: {
+        16: Attention(Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
+        32: Attention(Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
+        64: Attention(Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
+        80: Attention(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+        128: Attention(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+        256: Attention(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(32, 128, 8, 2), Tile(64, 128, 8, 2)),
+    },
+}
+
+# float32 is for tests and comparisons: exact products do not run on the tensor cores, and fill registers even so.
+FLOAT32 = Attention(Tile(16, 16, 8, 2), Tile(16, 16, 8, 2), Tile(16, 16, 8, 2), Tile(16, 16, 8, 2))
+
+
+def architecture(device: torch.device) -> int:
+    """The row of the table: 90 for Hopper, 100 for Blackwell's B200 and B300, else (8.x, 12.x) 80."""
+    if device.type != "cuda":
+        return 90  # the interpreter, which can do all that Hopper can
+    return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(device)[0], 80)
+
+
+def attention(arch: int, head_dim: int, dtype: torch.dtype) -> Attention:
+    return FLOAT32 if dtype == torch.float32 else ATTENTION[arch][head_dim]

@@ -1,0 +1,28 @@
+"""The loss over the three padded vocabularies of the suite, with its gradient (training) and without (evaluation)."""
+
+from kernels.cross_entropy import LANES, _cross_entropy_kernel
+from tests.kernels.shipped import Shipped
+
+
+def shipped(arch: int) -> list[Shipped]:
+    return [
+        Shipped(
+            name=f"cross-entropy, {'mean' if gradient else 'loss only'}, vocab {vocab}",
+            kernel=_cross_entropy_kernel,
+            signature={"logits": "*bf16", "targets": "*i64", "losses": "*fp32"},
+            constants={"d_losses": None, "VOCAB": vocab, "WITH_GRADIENT": gradient, "LANES": LANES, "VECTOR": 8},
+            num_warps=LANES // 32,
+            num_stages=3,
+        )
+        for vocab in (50_304, 50_432, 50_688)
+        for gradient in (True, False)
+    ] + [
+        Shipped(
+            name="cross-entropy, weighed gradient, vocab 50304",
+            kernel=_cross_entropy_kernel,
+            signature={"logits": "*bf16", "targets": "*i64", "losses": "*fp32", "d_losses": "*fp32"},
+            constants={"VOCAB": 50_304, "WITH_GRADIENT": True, "LANES": LANES, "VECTOR": 8},
+            num_warps=LANES // 32,
+            num_stages=3,
+        )
+    ]
