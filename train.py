@@ -29,6 +29,7 @@ import checkpoint
 import data
 import plan
 from errors import Parser, UserError, run_command
+from kernels import backend
 from metrics import LOGGERS, Metrics
 from model import SIZES, Config, Pythia
 from model.huggingface import load, read_config
@@ -71,6 +72,9 @@ class Settings:
         "none", "activations to compute again in the backward pass, to save memory", fixed=False, choices=RECOMPUTE
     )
     compile: bool = setting(False, "torch.compile every block")
+    kernels: str = setting(
+        "auto", "the hot paths: triton, their definitions in torch, or (auto) triton on a GPU", choices=backend.KERNELS
+    )
     gelu: str = setting("tanh", "in training: tanh as published, or none for the exact erf", choices=["tanh", "none"])
     export_gelu: str = setting(
         "published",
@@ -109,6 +113,10 @@ def parse(arguments: list[str]) -> Settings:
     if unknown := set(filter(None, s.log.split(","))) - set(LOGGERS):
         raise UserError(f"--log knows {' and '.join(LOGGERS)}, not {', '.join(sorted(unknown))}")
     data.row_numbers(0, s.batch_size, s.micro_batch)  # refuses a batch that does not divide
+    try:
+        backend.choose(s.kernels)
+    except ValueError as error:
+        raise UserError(f"--kernels {s.kernels}: {error}") from None
     return s
 
 

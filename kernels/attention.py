@@ -270,21 +270,20 @@ def _rotate_kernel(
 
 
 @triton.jit
-def _rotate_back(tile, cos, sin, positions, seq, HALF: tl.constexpr):
-    """The tile rotated by the opposite angles. The chunk that has the rotated columns is the first."""
+def _store_rotated_back(chunks, batch, row, column, tile, cos, sin, seq, HALF: tl.constexpr):
+    """Store the tile rotated by the opposite angles. The columns that rotate are in its first chunk."""
+    if len(chunks) == 2:
+        _store((chunks[1],), batch, row, column, (tile[1],))  # now, so that its registers are free for the rotation
     x = tile[0]
-    column = tl.arange(0, x.shape[1])
-    partner = tl.where(column < HALF, column + HALF, tl.where(column < 2 * HALF, column - HALF, column))
-    y = tl.gather(x, tl.broadcast_to(partner[None, :], x.shape), 1)
-    angle = positions[:, None] * HALF + (column % HALF)[None, :]
-    mask = (positions < seq)[:, None] & (column < 2 * HALF)[None, :]
-    c = tl.load(cos + angle, mask, other=1.0)
-    s = tl.load(sin + angle, mask, other=0.0)
-    x = x * c + tl.where(column < HALF, 1.0, -1.0)[None, :] * s * y
-    if len(tile) == 1:
-        return (x,)
-    else:
-        return (x, tile[1])
+    positions, columns = row + tl.arange(0, x.shape[0]), tl.arange(0, x.shape[1])
+    partners = tl.where(columns < HALF, columns + HALF, tl.where(columns < 2 * HALF, columns - HALF, columns))
+    y = tl.gather(x, tl.broadcast_to(partners[None, :], x.shape), 1)
+    angles = positions[:, None] * HALF + (columns % HALF)[None, :]
+    mask = (positions < seq)[:, None] & (columns < 2 * HALF)[None, :]
+    c = tl.load(cos + angles, mask, other=1.0)
+    s = tl.load(sin + angles, mask, other=0.0)
+    x = x * c + tl.where(columns < HALF, 1.0, -1.0)[None, :] * s * y
+    _store((chunks[0],), batch, row, column, (x,))
 
 
 @triton.jit
@@ -370,8 +369,8 @@ def _dq_kernel(
                 p = tl.where(queries[:, None] >= (key + tl.arange(0, BLOCK_K))[None, :], p, 0.0)
             dp = _products(d_out_tile, _load(v, batch, key, 3 * column + 2 * HEAD_DIM))
             dq = _accumulate(dq, p * (dp - deltas[:, None]), k_tile)
-    dq = _rotate_back([x * HEAD_DIM**-0.5 for x in dq], cos, sin, queries, seq, HALF)
-    _store(d_qkv, batch, start, 3 * column, dq)
+    dq = [x * HEAD_DIM**-0.5 for x in dq]
+    _store_rotated_back(d_qkv, batch, start, 3 * column, dq, cos, sin, seq, HALF)
 
 
 @triton.jit
@@ -427,13 +426,14 @@ def _dkv_kernel(
     if DV:
         _store(d_qkv, batch, start, 3 * column + 2 * HEAD_DIM, dv)
     if DK:
-        dk = _rotate_back([x * HEAD_DIM**-0.5 for x in dk], cos, sin, keys, seq, HALF)
-        _store(d_qkv, batch, start, 3 * column + HEAD_DIM, dk)
+        dk = [x * HEAD_DIM**-0.5 for x in dk]
+        _store_rotated_back(d_qkv, batch, start, 3 * column + HEAD_DIM, dk, cos, sin, seq, HALF)
 
 
 # ---------------------------------------------------------------------------------------------- the op
 
 CHUNKS = {16: (16,), 32: (32,), 64: (64,), 80: (64, 16), 128: (128,), 256: (128, 128)}  # columns, by head_dim
+ROTATE_BLOCK = 32  # rows
 
 
 def _tiles(x: Tensor, rows: int, arch: int) -> tuple["Tensor | TensorDescriptor | None", ...]:
@@ -462,9 +462,9 @@ def _rotated(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Queries and keys, rotated: [batch, seq, heads, 2, head_dim]."""
     batch, seq, heads, _, head_dim = qkv.shape
     rotated = qkv.new_empty(batch, seq, heads, 2, head_dim)
-    rows, block = rotated.numel() // head_dim, 32
-    _rotate_kernel[(triton.cdiv(rows, block),)](
-        qkv, cos, sin, rotated, rows, seq, HEADS=heads, HEAD_DIM=head_dim, HALF=cos.shape[1], BLOCK=block
+    rows = batch * seq * heads * 2
+    _rotate_kernel[(triton.cdiv(rows, ROTATE_BLOCK),)](
+        qkv, cos, sin, rotated, rows, seq, HEADS=heads, HEAD_DIM=head_dim, HALF=cos.shape[1], BLOCK=ROTATE_BLOCK
     )
     return rotated
 

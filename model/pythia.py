@@ -4,8 +4,8 @@
     for each layer:   x = x + attention(norm1(x)) + mlp(norm2(x))
     logits = unembed(final_norm(x))
 
-The addition that ends one layer is computed together with the norms that begin the next, so a layer passes on the three
-summands (x, attn, mlp) and the next one adds them.
+The addition that ends one layer is computed together with the norms that begin the next, so a layer passes on its
+summands (x, attn, mlp, and the biases of the last two as one vector) and the next one adds them.
 
 Parameters may be kept in a wider dtype than the arithmetic: every product casts its weight to the dtype of its input.
 """
@@ -31,28 +31,14 @@ from kernels import (
 from model.sizes import Config
 
 
-class Projection(nn.Module):
-    """A weight [out, in] and a bias [out], not yet initialised: Pythia.init_weights does that for all."""
+class Affine(nn.Module):
+    """The weight and the bias of a projection or a LayerNorm, not yet initialised: Pythia.init_weights does that for
+    all. The arithmetic is in kernels."""
 
-    def __init__(self, inputs: int, outputs: int):
+    def __init__(self, *shape: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs))
-        self.bias = nn.Parameter(torch.empty(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-class Norm(nn.Module):
-    """The weight and bias [hidden] of a LayerNorm; the arithmetic is in kernels.layernorm."""
-
-    def __init__(self, hidden: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(hidden))
-        self.bias = nn.Parameter(torch.empty(hidden))
-
-    def as_dtype(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return self.weight.to(dtype), self.bias.to(dtype)
+        self.weight = nn.Parameter(torch.empty(shape))  # [out, in] of a projection, [hidden] of a LayerNorm
+        self.bias = nn.Parameter(torch.empty(shape[0]))
 
 
 class KVCache:
@@ -75,44 +61,45 @@ class KVCache:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2)
 
 
+# x, attn and mlp [batch, seq, hidden] and the sum of the output biases of attention and MLP [hidden]; None: nothing.
+# The biases travel as a vector of their own because a sharded layer gives up its parameters when its forward ends.
+Summands = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
 class Block(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.norm1 = Norm(config.hidden)
-        self.norm2 = Norm(config.hidden)
-        self.qkv = Projection(config.hidden, 3 * config.hidden)  # rows ordered [head, (q, k, v), head_dim]
-        self.attn_out = Projection(config.hidden, config.hidden)
-        self.mlp_in = Projection(config.hidden, config.ffn)
-        self.mlp_out = Projection(config.ffn, config.hidden)
+        self.norm1 = Affine(config.hidden)
+        self.norm2 = Affine(config.hidden)
+        self.qkv = Affine(3 * config.hidden, config.hidden)  # rows ordered [head, (q, k, v), head_dim]
+        self.attn_out = Affine(config.hidden, config.hidden)
+        self.mlp_in = Affine(config.ffn, config.hidden)
+        self.mlp_out = Affine(config.hidden, config.ffn)
 
     def attention(self, u: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        """[batch, seq, hidden] -> [batch, seq, hidden], without the bias of attn_out."""
         heads, head_dim = self.config.heads, self.config.head_dim
-        qkv = self.qkv(u).unflatten(-1, (heads, 3, head_dim))  # [batch, seq, heads, 3, head_dim]
+        qkv = linear(u, self.qkv.weight, self.qkv.bias).unflatten(-1, (heads, 3, head_dim))
         out = rotary_attention(qkv, cos, sin) if cache is None else cache.attend(qkv, cos, sin)
-        return self.attn_out(out.flatten(-2))  # [batch, seq, hidden]
+        return linear(out.flatten(-2), self.attn_out.weight)  # out is [batch, seq, heads, head_dim]
 
     def mlp(self, v: Tensor) -> Tensor:
+        """[batch, seq, hidden] -> [batch, seq, hidden], without the bias of mlp_out."""
         h = linear(v, self.mlp_in.weight)  # [batch, seq, ffn]
-        return self.mlp_out(bias_gelu(h, self.mlp_in.bias.to(v.dtype), self.config.gelu))
+        return linear(bias_gelu(h, self.mlp_in.bias, self.config.gelu), self.mlp_out.weight)
 
-    def forward(
-        self,
-        x: Tensor,
-        attn: Tensor | None,
-        mlp: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-        cache: KVCache | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The summands of the residual stream, [batch, seq, hidden] each, before and after the layer."""
-        norm1, norm2, eps = self.norm1.as_dtype(x.dtype), self.norm2.as_dtype(x.dtype), self.config.eps
+    def forward(self, summands: Summands, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Summands:
+        """The summands of the residual stream before and after the layer."""
+        norm1, norm2 = (self.norm1.weight, self.norm1.bias), (self.norm2.weight, self.norm2.bias)
+        x, attn, mlp, bias = summands
         if self.config.parallel:
-            x, u, v = add_dual_layer_norm(x, attn, mlp, *norm1, *norm2, eps)
-            return x, self.attention(u, cos, sin, cache), self.mlp(v)
-        x, u = add_layer_norm(x, attn, mlp, *norm1, eps)
-        x, v = add_layer_norm(x, self.attention(u, cos, sin, cache), None, *norm2, eps)
-        return x, None, self.mlp(v)
+            x, u, v = add_dual_layer_norm(x, attn, mlp, *norm1, *norm2, self.config.eps, bias)
+            return x, self.attention(u, cos, sin, cache), self.mlp(v), self.attn_out.bias + self.mlp_out.bias
+        x, u = add_layer_norm(x, attn, mlp, *norm1, self.config.eps, bias)
+        attn = self.attention(u, cos, sin, cache)
+        x, v = add_layer_norm(x, attn, None, *norm2, self.config.eps, self.attn_out.bias)
+        return x, None, self.mlp(v), self.mlp_out.bias.clone()
 
 
 class Pythia(nn.Module):
@@ -129,7 +116,7 @@ class Pythia(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         self.embed = nn.Parameter(torch.empty(config.vocab, config.hidden))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.final_norm = Norm(config.hidden)
+        self.final_norm = Affine(config.hidden)
         self.unembed = nn.Parameter(torch.empty(config.vocab, config.hidden))
         if not self.embed.is_meta:
             self.init_weights(seed)
@@ -152,10 +139,11 @@ class Pythia(nn.Module):
         whole = -(-end // self.config.seq_len) * self.config.seq_len  # so that few different tables are made
         cos, sin = _tables(self.config, whole, x.dtype, x.device)
         cos, sin = cos[start:end], sin[start:end]
-        attn = mlp = None
+        summands = x, None, None, None
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
-            x, attn, mlp = block(x, attn, mlp, cos, sin, cache)
-        _, x = add_layer_norm(x, attn, mlp, *self.final_norm.as_dtype(x.dtype), self.config.eps)
+            summands = block(summands, cos, sin, cache)
+        x, attn, mlp, bias = summands
+        _, x = add_layer_norm(x, attn, mlp, self.final_norm.weight, self.final_norm.bias, self.config.eps, bias)
         if targets is None:
             return linear(x, self.unembed)
         loss = linear_cross_entropy(x.flatten(0, 1), self.unembed, targets.flatten(), reduction)

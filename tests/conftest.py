@@ -11,13 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
+# Without a GPU the kernels are to run in Triton's interpreter, which has to be known when they are defined: during the
+# imports below. Afterwards it would only slow down what is not their test, the processes that tests start included.
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before the imports below
-
+    os.environ["TRITON_INTERPRET"] = "1"
 import train
 from kernels import backend
 from model import SIZES
 from prepare import prepare
+
+os.environ.pop("TRITON_INTERPRET", None)
+INTERPRETED, backend.INTERPRETED = backend.INTERPRETED, False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,13 +33,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def definitions() -> None:
-    """Ops run their definitions in torch, unless a test asks for Triton: the interpreter is slow."""
+    """Ops run their definitions in torch, unless a test asks for Triton."""
     backend.choose("torch")
 
 
 @pytest.fixture
-def triton_kernels() -> Iterator[None]:
+def triton_kernels(monkeypatch) -> Iterator[None]:
     """Ops run their Triton kernels: on a GPU where there is one, else in Triton's interpreter."""
+    if INTERPRETED:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setattr(backend, "INTERPRETED", True)
     backend.choose("triton")
     yield
     backend.choose("torch")
