@@ -235,6 +235,23 @@ def test_recompute_trains_the_same_bits_and_may_change_on_resume(run, recompute)
     assert records(run("--recompute", recompute, out="other")) == expected
 
 
+def test_training_on_the_triton_kernels_is_the_same_training(run, tiny, monkeypatch, triton_kernels):
+    monkeypatch.setitem(SIZES, "14m", replace(tiny, hidden=64))  # 16 columns a head: the fewest a tensor core takes
+    flags = ("--stop-at", "3", "--batch-size", "1", "--recompute", "cheap")
+    ours, definitions = (records(run("--kernels", kernels, *flags, out=kernels)) for kernels in ("triton", "torch"))
+    assert len(ours) == 3
+    for one, other in zip(ours, definitions):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+
+
+def test_triton_kernels_are_refused_where_they_can_not_run():
+    if torch.cuda.is_available():
+        pytest.skip("here they can run")
+    with pytest.raises(UserError, match="--kernels triton: the Triton kernels need .* a CUDA device"):
+        train.parse(["--size", "14m", "--kernels", "triton"])
+
+
 def test_float16_overflow_skips_update_and_schedule_not_the_data(run, monkeypatch):
     monkeypatch.setattr(train.LossScaler.__init__, "__defaults__", (2.0**30, 1000, 2))
     directory = run("--precision", "fp16", "--steps", "40")
