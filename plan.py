@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.cross_entropy import CHUNK
+from kernels.cross_entropy import CHUNK, TRITON_CHUNK
 from model import Config
 
 # Dense bf16 FLOP/s by the makers' datasheets, by a part of the name that CUDA reports.
@@ -26,12 +26,13 @@ def memory(config: Config, micro_batch: int, seq_len: int, precision: str, recom
     tokens = micro_batch * seq_len
     largest = max(config.layer_parameters, config.vocab * config.hidden)
     layer = tokens * config.hidden * width
+    chunk = min(tokens, CHUNK if precision == "fp32" else TRITON_CHUNK)  # float32 is for CPUs
     return {
         "weights (fp32)": 4 * config.parameters,
         "gradients (fp32)": 4 * config.parameters,
         "Adam moments (fp32)": 8 * config.parameters,
         "activations": (config.layers * ACTIVATION_UNITS[recompute] + ACTIVATION_UNITS["none"]) * layer,
-        "loss, one chunk": min(CHUNK, tokens) * config.vocab * (4 + width) + 4 * config.vocab * config.hidden,
+        "loss, one chunk": chunk * config.vocab * width + 4 * config.vocab * config.hidden,
         "half-precision copies": 0 if width == 4 else 2 * largest,
     }
 

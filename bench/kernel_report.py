@@ -1,0 +1,104 @@
+"""The table at the end of `pytest bench --benchmark-only`, and the bars that the kernels are to clear."""
+
+from bench.kernel_peers import Floor
+
+# How many times as long a peer is to take on one H100 or H200, in bfloat16 at 8 x 2048 tokens; or what of the measured
+# bandwidth our kernel is to reach; or how many bytes it may take.
+BARS: dict[tuple[str, str, str, str], tuple[str, float]] = {
+    ("rotary_attention", "forward", "160m", "eager"): ("ratio", 1.6),
+    ("rotary_attention", "forward", "1.4b", "eager"): ("ratio", 1.5),
+    ("rotary_attention", "forward", "160m", "rotary+cudnn"): ("ratio", 1.0),
+    ("rotary_attention", "forward", "1.4b", "rotary+cudnn"): ("ratio", 0.85),
+    ("rotary_attention", "forward", "2.8b", "rotary+cudnn"): ("ratio", 1.15),
+    **{
+        # The harder of two readings: our backward also rotates the gradient back, the peer's does not.
+        ("rotary_attention", "backward", size, f"{peer} alone"): ("ratio", limit)
+        for size, limit in (("160m", 1.5), ("1.4b", 1.3))
+        for peer in ("flash-deterministic", "flash-attn")
+    },
+    **{
+        ("add_dual_layer_norm", passes, size, peer): ("ratio", limit)
+        for size in ("160m", "1.4b", "12b")
+        for passes, peer, limit in (
+            ("forward", "eager", 1.6),
+            ("forward", "compile", 1.1),
+            ("backward", "eager", 2.8),
+            ("backward", "compile", 1.3),
+            ("backward", "liger", 2.5),
+        )
+    },
+    ("add_dual_layer_norm", "forward", "1.4b", "tripod"): ("ceiling", 0.85),
+    ("add_dual_layer_norm", "forward", "12b", "tripod"): ("ceiling", 0.85),
+    ("linear_cross_entropy", "both", "160m", "eager"): ("ratio", 1.8),
+    ("linear_cross_entropy", "both", "160m", "torch chunked"): ("ratio", 1.1),
+    **{("linear_cross_entropy", "both", "160m", f"liger{kind}"): ("ratio", 1.3) for kind in ("", " x16", " logits")},
+    ("linear_cross_entropy", "both", "160m", "tripod"): ("peak_bytes", 0.6e9),
+}
+
+
+def entry(seconds: float, floor: Floor, ceilings: dict[str, float], peak_bytes: int | None) -> dict:
+    """What is reported of a measured arm. `ceiling` is the time in which the device could move and compute the floor,
+    as a share of the time taken; `bound` is which of the two takes it longer."""
+    least = {"flops": floor.flops / ceilings["flops_per_s"], "bytes": floor.bytes / ceilings["bytes_per_s"]}
+    bound = max(least, key=least.get)
+    return {
+        "seconds": seconds,
+        "bytes_per_s": floor.bytes / seconds,
+        "flops_per_s": floor.flops / seconds,
+        "bound": bound,
+        "ceiling": least[bound] / seconds,
+        "peak_bytes": peak_bytes,
+    }
+
+
+def table(cases: list[dict]) -> str:
+    """One line an arm, with the time of the arm over ours as the ratio, and what became of every bar."""
+    by_key = {_key(case): case for case in cases}
+    for case in cases:
+        ours = by_key.get((*_key(case)[:3], "tripod"), {})
+        if "seconds" in case and "seconds" in ours and case["arm"] != "tripod":
+            case["ratio"] = case["seconds"] / ours["seconds"]
+    header = ("op", "pass", "size", "arm", "ms", "peer/ours", "bar", "rate", "of ceiling", "peak MB")
+    rows = [header, *(_row(case) for case in cases if "missing" not in case)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths)).rstrip() for row in rows]
+    if missing := [case for case in cases if "missing" in case]:
+        lines += ["", "not measured", *(f"{' '.join(_key(case))}: {case['missing']}" for case in missing)]
+    measured = {key for key, case in by_key.items() if _verdict(case)}
+    lines += ["", f"bars: of {len(BARS)}, {len(BARS) - len(measured)} were not measured"]
+    lines += [f"{' '.join(key)}: {_limit(*bar)}, not measured" for key, bar in BARS.items() if key not in measured]
+    return "\n".join(lines)
+
+
+def _key(case: dict) -> tuple[str, str, str, str]:
+    return case["op"], case["passes"], case["size"], case["arm"]
+
+
+def _limit(quantity: str, limit: float) -> str:
+    return {"ratio": f">= {limit}", "ceiling": f">= {limit:.0%} of ceiling", "peak_bytes": f"<= {limit / 1e6:.0f} MB"}[
+        quantity
+    ]
+
+
+def _verdict(case: dict) -> str:
+    """The bar of a case and whether it is cleared; nothing where there is none, or nothing to hold against it."""
+    quantity, limit = BARS.get(_key(case), (None, 0.0))
+    if case.get(quantity) is None:
+        return ""
+    cleared = case[quantity] <= limit if quantity == "peak_bytes" else case[quantity] >= limit
+    return f"{_limit(quantity, limit)} {'yes' if cleared else 'NO'}"
+
+
+def _row(case: dict) -> tuple[str, ...]:
+    rate = f"{case['bytes_per_s'] / 1e9:,.0f} GB/s"
+    if case["bound"] == "flops":
+        rate = f"{case['flops_per_s'] / 1e12:,.3g} TFLOP/s"
+    return (
+        *_key(case),
+        f"{case['seconds'] * 1e3:,.3f}",
+        f"{case['ratio']:.2f}" if "ratio" in case else "",
+        _verdict(case),
+        rate,
+        f"{case['ceiling']:.0%}",
+        "" if case["peak_bytes"] is None else f"{case['peak_bytes'] / 1e6:,.0f}",
+    )
