@@ -40,7 +40,15 @@ def pytest_benchmark_update_machine_info(machine_info: dict) -> None:
             machine_info["tripod"]["versions"][package] = None
 
 
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict) -> None:
+    output_json["missing"] = [case for case in config.stash[CASES] if "missing" in case]
+
+
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     if cases := config.stash[CASES]:
         terminalreporter.section("kernels")
+        ceilings = next((case["ceilings"] for case in cases if "ceilings" in case), None)
+        if ceilings:
+            copy, product = ceilings["bytes_per_s"] / 1e9, ceilings["flops_per_s"] / 1e12
+            terminalreporter.write_line(f"measured ceilings: copy {copy:,.0f} GB/s, product {product:,.3g} TFLOP/s")
         terminalreporter.write_line(table(cases))

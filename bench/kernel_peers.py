@@ -46,8 +46,8 @@ def compiled(arm: Arm) -> Arm:
 
 
 def _random(shape: tuple[int, ...], like: Tensor, scale: float = 1.0) -> Tensor:
-    """Normal numbers of the dtype and on the device of `like`, drawn the same on every device."""
-    return (scale * torch.randn(shape)).to(like).requires_grad_()
+    """Normal numbers of the dtype and on the device of `like`."""
+    return (scale * torch.randn(shape, device=like.device)).to(like).requires_grad_()
 
 
 # ---------------------------------------------------------------------------------------------- rotary_attention
@@ -255,7 +255,7 @@ def cross_entropy_inputs(config: Config, batch: int, like: Tensor) -> tuple[Tens
     tokens = batch * config.seq_len
     hidden = _random((tokens, config.hidden), like)
     weight = _random((config.vocab, config.hidden), like, scale=config.hidden**-0.5)
-    return hidden, weight, torch.randint(config.vocab, (tokens,)).to(like.device)
+    return hidden, weight, torch.randint(config.vocab, (tokens,), device=like.device)
 
 
 def cross_entropy_floor(config: Config, batch: int, passes: Passes, itemsize: int) -> Floor:
@@ -353,9 +353,8 @@ def setting() -> Setting:
         runs = triton_runs(torch.empty(0, device=device))
         note = "" if runs else "Triton can not run on this device: `tripod` is the definitions in torch"
         return Setting(device, torch.bfloat16, 8, None, note)
-    device, small = torch.device("cpu"), SIZES["14m"]
+    seq, note = 256, "no CUDA device: small shapes, and `tripod` is the definitions in torch, not the Triton kernels"
     if triton_runs(torch.empty(0)):
-        note = "Triton's interpreter: this shows that the kernels run and agree, and times nothing of use"
-        return Setting(device, torch.float32, 1, {"14m": replace(small, seq_len=32, vocab=1000)}, note)
-    note = "no CUDA device: small shapes, and `tripod` is the definitions in torch, not the Triton kernels"
-    return Setting(device, torch.float32, 1, {"14m": replace(small, seq_len=256)}, note)
+        seq, note = 32, "Triton's interpreter: this shows that the kernels run and agree, and times nothing of use"
+    small = replace(SIZES["14m"], seq_len=seq, vocab=1000)
+    return Setting(torch.device("cpu"), torch.float32, 1, {"14m": small}, note)

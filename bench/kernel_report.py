@@ -53,20 +53,19 @@ def entry(seconds: float, floor: Floor, ceilings: dict[str, float], peak_bytes: 
 
 def table(cases: list[dict]) -> str:
     """One line an arm, with the time of the arm over ours as the ratio, and what became of every bar."""
-    by_key = {_key(case): case for case in cases}
-    for case in cases:
-        ours = by_key.get((*_key(case)[:3], "tripod"), {})
-        if "seconds" in case and "seconds" in ours and case["arm"] != "tripod":
-            case["ratio"] = case["seconds"] / ours["seconds"]
+    measured = {_key(case): case for case in cases if "missing" not in case}
+    for key, case in measured.items():
+        ours = measured.get((*key[:3], "tripod"))
+        if ours and case is not ours:
+            measured[key] = case | {"ratio": case["seconds"] / ours["seconds"]}
     header = ("op", "pass", "size", "arm", "ms", "peer/ours", "bar", "rate", "of ceiling", "peak MB")
-    rows = [header, *(_row(case) for case in cases if "missing" not in case)]
+    rows = [header, *(_row(case) for case in measured.values())]
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths)).rstrip() for row in rows]
-    if missing := [case for case in cases if "missing" in case]:
-        lines += ["", "not measured", *(f"{' '.join(_key(case))}: {case['missing']}" for case in missing)]
-    measured = {key for key, case in by_key.items() if _verdict(case)}
-    lines += ["", f"bars: of {len(BARS)}, {len(BARS) - len(measured)} were not measured"]
-    lines += [f"{' '.join(key)}: {_limit(*bar)}, not measured" for key, bar in BARS.items() if key not in measured]
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]
+    lines += [f"{' '.join(_key(case))}: not measured, {case['missing']}" for case in cases if "missing" in case]
+    judged = {key for key, case in measured.items() if _verdict(case)}
+    lines += ["", f"bars not measured: {len(BARS) - len(judged)} of {len(BARS)}"]
+    lines += [f"{' '.join(key)}: {_limit(*bar)}, not measured" for key, bar in BARS.items() if key not in judged]
     return "\n".join(lines)
 
 
@@ -75,9 +74,8 @@ def _key(case: dict) -> tuple[str, str, str, str]:
 
 
 def _limit(quantity: str, limit: float) -> str:
-    return {"ratio": f">= {limit}", "ceiling": f">= {limit:.0%} of ceiling", "peak_bytes": f"<= {limit / 1e6:.0f} MB"}[
-        quantity
-    ]
+    texts = {"ratio": f">= {limit}", "ceiling": f">= {limit:.0%} of ceiling", "peak_bytes": f"<= {limit / 1e6:.0f} MB"}
+    return texts[quantity]
 
 
 def _verdict(case: dict) -> str:

@@ -7,8 +7,9 @@ peers are in kernel_peers.py, the table at the end and the bars in it in kernel_
 with ours; one that can not be had on this machine is reported with the reason.
 
 How a GPU is timed: by events that the device itself stamps when it reaches them, so that neither the launch nor the wait
-is counted. Before each round a buffer is written that is far larger than the L2 cache: the round finds nothing of the
-last one there, and while the device is busy with it the host runs ahead and has launched what follows.
+is counted. Before each round a buffer is written and read that is far larger than the L2 cache: the round finds nothing
+of its inputs there and has nothing of others to write back, and while the device is busy with it the host runs ahead and
+has launched what follows.
 """
 
 import gc
@@ -57,8 +58,8 @@ clock = Moment if CUDA else time.perf_counter
 @pytest.fixture(scope="session")
 def flush():
     """A function that empties the L2 cache; there is none on a CPU, whose caches keep what the shapes here need."""
-    buffer = torch.empty(2**30 if CUDA else 0, dtype=torch.uint8, device=HERE.device)
-    return buffer.zero_
+    buffer = torch.empty(2**28 if CUDA else 0, device=HERE.device)  # 1 GiB
+    return lambda: buffer.zero_().sum()
 
 
 @pytest.fixture(scope="session")
@@ -102,16 +103,14 @@ def outputs_of(function, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def incoming_gradients(outputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """The same for every arm; 1 for a loss."""
-    generator = torch.Generator().manual_seed(1)
-    draws = [torch.randn(o.shape, generator=generator) if o.dim() else torch.ones(()) for o in outputs]
-    return [draw.to(output) for draw, output in zip(draws, outputs)]
+    """Random ones; 1 for a loss."""
+    draws = (torch.randn if output.dim() else torch.ones for output in outputs)
+    return [draw(output.shape, device=output.device).to(output.dtype) for draw, output in zip(draws, outputs)]
 
 
-def values(arm, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The outputs of an arm, and their gradients by the inputs of the op."""
-    outputs = outputs_of(*arm(*inputs))
-    gradients = torch.autograd.grad(outputs, differentiable(inputs), incoming_gradients(outputs))
+def values(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], d_outputs: list[Tensor]) -> tuple[Tensor, ...]:
+    """The outputs, and the gradients of the inputs of the op."""
+    gradients = torch.autograd.grad(outputs, differentiable(inputs), d_outputs)
     return *(output.detach() for output in outputs), *gradients
 
 
@@ -123,6 +122,13 @@ def check_agreement(found: tuple[Tensor, ...], ours: tuple[Tensor, ...]) -> None
         theirs, expected = theirs.float(), expected.float()
         error = ((theirs - expected).norm() / expected.norm()).item()
         assert error <= AGREEMENT, f"output or gradient {i} differs from ours by {error:.2g} (of {AGREEMENT})"
+
+
+def reason(failure: BaseException) -> str:
+    """Why an arm can not be had, in one line: torch.compile puts an exception of its own around the real one."""
+    while failure.__cause__:
+        failure = failure.__cause__
+    return f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"
 
 
 def peak_memory(step) -> int | None:
@@ -145,21 +151,20 @@ def test_kernel(benchmark, report, switches, flush, ceilings, op, passes, size, 
     case = {"op": op, "passes": passes, "size": size, "arm": arm}
     torch.manual_seed(0)
     inputs = facts.inputs(config, HERE.batch, torch.empty(0, dtype=HERE.dtype, device=HERE.device))
-    ours = values(facts.arms["tripod"], inputs)
+    outputs = outputs_of(*facts.arms["tripod"](*inputs))
+    d_outputs = incoming_gradients(outputs)
+    ours = values(outputs, inputs, d_outputs)
     try:
-        found = values(facts.arms[arm], inputs)
         function, arguments = facts.arms[arm](*inputs)
+        found = values(outputs_of(function, arguments), inputs, d_outputs)
     except Exception as failure:
         if arm == "tripod":
             raise
-        reason = f"{type(failure).__name__}: {(str(failure).splitlines() or ['no message'])[0]}"
-        report(case | {"missing": reason})
-        pytest.skip(f"{arm}: {reason}")
+        report(case | {"missing": reason(failure)})
+        pytest.skip(f"{arm}: {reason(failure)}")
     check_agreement(found, ours)
-    del found, ours
-
+    del outputs, ours, found  # which hold memory
     arguments = tuple(a.detach().requires_grad_(a.requires_grad) for a in arguments)  # what was done ahead ends here
-    d_outputs = incoming_gradients(outputs_of(function, arguments))
 
     def forward() -> tuple[Tensor, ...]:
         return outputs_of(function, arguments)
@@ -177,7 +182,7 @@ def test_kernel(benchmark, report, switches, flush, ceilings, op, passes, size, 
     benchmark.group = f"{op} {passes} {size}"
     benchmark.pedantic(timed, setup=setup, rounds=ROUNDS, warmup_rounds=WARM_UP)
     floor = facts.floor(config, HERE.batch, passes, HERE.dtype.itemsize)
-    case |= entry(benchmark.stats.stats.median, floor, ceilings, peak)
+    case |= entry(benchmark.stats.stats.median, floor, ceilings, peak) | {"ceilings": ceilings}
     case |= {"shape": [list(tensor.shape) for tensor in inputs], "dtype": str(HERE.dtype), "device": str(HERE.device)}
     benchmark.extra_info.update(case)
     report(case)

@@ -229,9 +229,9 @@ def _store(chunks, batch, row, column, tile):
 @triton.jit
 def _products(a, b):
     """a b^T: every row of the tile a with every row of the tile b. [rows of a, rows of b]"""
-    total = tl.dot(a[0], b[0].T, input_precision="tf32x3")
+    total = tl.dot(a[0], b[0].T, input_precision="ieee")
     for i in tl.static_range(1, len(a)):
-        total = tl.dot(a[i], b[i].T, total, input_precision="tf32x3")
+        total = tl.dot(a[i], b[i].T, total, input_precision="ieee")
     return total
 
 
@@ -240,7 +240,7 @@ def _accumulate(tile, weights, x):
     """tile + weights x, where weights [rows of tile, rows of x] are rounded to the dtype of x."""
     total = ()
     for i in tl.static_range(len(x)):
-        total += (tl.dot(weights.to(x[i].dtype), x[i], tile[i], input_precision="tf32x3"),)
+        total += (tl.dot(weights.to(x[i].dtype), x[i], tile[i], input_precision="ieee"),)
     return total
 
 

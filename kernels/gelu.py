@@ -143,14 +143,14 @@ _bias_gelu.register_autograd(_gradients, setup_context=_setup_context)
 def bias_gelu(h: Tensor, bias: Tensor, approximate: str = "tanh") -> Tensor:
     """gelu(h + bias) for h [.., ffn] and bias [ffn]; approximate is "tanh" or "none". Same shape and dtype as h.
 
-    The bias may be kept in float32 whatever the dtype of h. Raises ValueError when something does not fit.
+    The bias may be of another dtype than h. Raises ValueError when something does not fit.
     """
     if approximate not in ("tanh", "none"):
         raise ValueError(f'approximate must be "tanh" or "none", not {approximate!r}')
     if bias.shape != h.shape[-1:]:
         raise ValueError(f"bias must be [{h.shape[-1]}] like the last dimension of h, not {list(bias.shape)}")
-    if bias.dtype not in (h.dtype, torch.float32):
-        raise ValueError(f"bias must be {h.dtype} like h, or float32, not {bias.dtype}")
+    if not bias.dtype.is_floating_point:
+        raise ValueError(f"bias must be of a floating-point dtype, not {bias.dtype}")
     if bias.device != h.device:
         raise ValueError(f"bias must be on {h.device} like h, not on {bias.device}")
     if not h.is_contiguous() or not bias.is_contiguous():

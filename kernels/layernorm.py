@@ -277,8 +277,8 @@ def _check(x: Tensor, branches: dict[str, Tensor | None], vectors: dict[str, Ten
         if vector.shape != x.shape[-1:]:
             raise ValueError(f"{name} must be [{x.shape[-1]}] like the last dimension of x, not {list(vector.shape)}")
     dtypes = {vector.dtype for vector in vectors.values()}
-    if len(dtypes) > 1 or not dtypes <= {x.dtype, torch.float32}:
-        raise ValueError(f"{', '.join(vectors)} must all be {x.dtype} like x, or all float32, not {dtypes}")
+    if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
+        raise ValueError(f"{', '.join(vectors)} must all be of one floating-point dtype, not of {dtypes}")
     for name, tensor in {"x": x, **branches, **vectors}.items():
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on {x.device} like x, not on {tensor.device}")
@@ -299,8 +299,7 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """(x + (attn + mlp + branch_bias), its LayerNorm), both [.., hidden]; weight, bias and branch_bias are [hidden].
 
-    Parameters may be kept in float32 whatever the dtype of x, attn and mlp. Raises ValueError when something does not
-    fit.
+    Parameters may be of another dtype than x, attn and mlp. Raises ValueError when something does not fit.
     """
     vectors = {"weight": weight, "bias": bias, "branch_bias": branch_bias}
     _check(x, {"attn": attn, "mlp": mlp}, vectors)

@@ -194,6 +194,7 @@ def test_gradients_of_any_layout_and_tensors_at_any_address(device):
 def test_opcheck(device):
     qkv, cos, sin, d_out = draw(17, 80, torch.float32, device, batch=1, heads=2)
     torch.library.opcheck(torch.ops.tripod.rotary_attention.default, (qkv.requires_grad_(), cos, sin))
+    assert not torch.ops.tripod.rotary_attention(qkv, cos, sin)[1].requires_grad  # lse, of which backward has no part
     out, lse = torch.ops.tripod.rotary_attention(qkv.detach(), cos, sin)
     backward = torch.ops.tripod.rotary_attention_backward.default
     torch.library.opcheck(backward, (qkv.detach(), cos, sin, out, lse, d_out))
