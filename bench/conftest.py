@@ -47,8 +47,4 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict) -> No
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     if cases := config.stash[CASES]:
         terminalreporter.section("kernels")
-        ceilings = next((case["ceilings"] for case in cases if "ceilings" in case), None)
-        if ceilings:
-            copy, product = ceilings["bytes_per_s"] / 1e9, ceilings["flops_per_s"] / 1e12
-            terminalreporter.write_line(f"measured ceilings: copy {copy:,.0f} GB/s, product {product:,.3g} TFLOP/s")
         terminalreporter.write_line(table(cases))

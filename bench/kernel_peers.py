@@ -1,8 +1,8 @@
 """Every op of kernels/ and what a user would run instead: its inputs, the floor of its cost, and its arms.
 
 An arm is a function of the inputs of the op that returns another function and its arguments. Only function(*arguments)
-is timed: what an arm does before, such as imports, compilation, tables and masks, a user does once, or it is not part of
-the comparison. The first arm, `tripod`, is ours; the others give the same outputs and the same gradients, which is
+is timed: what an arm does before, such as imports, compilation, tables and masks, a user does once, or it is not part
+of the comparison. The first arm, `tripod`, is ours; the others give the same outputs and the same gradients, which is
 checked before they are timed. An arm that can not be had on a machine raises, and the exception is the reason that is
 reported.
 """

@@ -37,8 +37,12 @@ BARS: dict[tuple[str, str, str, str], tuple[str, float]] = {
 
 
 def entry(seconds: float, floor: Floor, ceilings: dict[str, float], peak_bytes: int | None) -> dict:
-    """What is reported of a measured arm. `ceiling` is the time in which the device could move and compute the floor,
-    as a share of the time taken; `bound` is which of the two takes it longer."""
+    """What is reported of a measured arm.
+
+    ceiling      the time in which the device could move the bytes and compute the FLOPs of the floor, whichever (the
+                 bound) takes longer, as a share of the time taken
+    peak_bytes   above the inputs; of backward together with the forward that it belongs to
+    """
     least = {"flops": floor.flops / ceilings["flops_per_s"], "bytes": floor.bytes / ceilings["bytes_per_s"]}
     bound = max(least, key=least.get)
     return {
@@ -48,6 +52,7 @@ def entry(seconds: float, floor: Floor, ceilings: dict[str, float], peak_bytes: 
         "bound": bound,
         "ceiling": least[bound] / seconds,
         "peak_bytes": peak_bytes,
+        "ceilings": ceilings,
     }
 
 
@@ -58,10 +63,14 @@ def table(cases: list[dict]) -> str:
         ours = measured.get((*key[:3], "tripod"))
         if ours and case is not ours:
             measured[key] = case | {"ratio": case["seconds"] / ours["seconds"]}
+    lines = []
+    if measured:
+        copy, product = next(iter(measured.values()))["ceilings"].values()
+        lines += [f"measured ceilings: copy {copy / 1e9:,.0f} GB/s, product {product / 1e12:,.3g} TFLOP/s"]
     header = ("op", "pass", "size", "arm", "ms", "peer/ours", "bar", "rate", "of ceiling", "peak MB")
     rows = [header, *(_row(case) for case in measured.values())]
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]
+    lines += ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]
     lines += [f"{' '.join(_key(case))}: not measured, {case['missing']}" for case in cases if "missing" in case]
     judged = {key for key, case in measured.items() if _verdict(case)}
     lines += ["", f"bars not measured: {len(BARS) - len(judged)} of {len(BARS)}"]
