@@ -429,7 +429,7 @@ def table(s: Namespace, records: dict[str, dict], gemm: float, peak: float | Non
 def drift(s: Namespace, name: str, record: dict) -> str:
     """How much faster an arm was in the second pass of --alone than in the first."""
     halves = ([m for m in record["measurements"] if (m["turn"] >= s.rounds) == late] for late in (False, True))
-    first, second = (summarize(s, {"measurements": half})["tokens_per_s"] for half in halves)
+    first, second = (summarize(s, record | {"measurements": half})["tokens_per_s"] for half in halves)
     return f"{name} {second / first - 1:+.1%}"
 
 

@@ -27,8 +27,10 @@ from bench.kernel_measure import (
 )
 from bench.kernel_peers import OPS, setting
 from bench.kernel_report import entry
+from bench.step import machine
 
 HERE = setting()
+DEVICE = machine(HERE.device)["gpu"] or machine(HERE.device)["cpu"]
 ROUNDS = 50 if HERE.device.type == "cuda" else 10
 WARM_UP = 5  # rounds
 
@@ -99,6 +101,6 @@ def test_kernel(benchmark, report, switches, flush, ceilings, op, passes, size, 
 
     floor = facts.floor(config, HERE.batch, passes, HERE.dtype.itemsize)
     case |= entry(benchmark.stats.stats.median, floor, ceilings, peak_bytes)
-    case |= {"shape": [list(tensor.shape) for tensor in inputs], "dtype": str(HERE.dtype), "device": str(HERE.device)}
+    case |= {"shape": [list(tensor.shape) for tensor in inputs], "dtype": str(HERE.dtype), "device": DEVICE}
     benchmark.extra_info.update(case)
     report(case)

@@ -245,6 +245,25 @@ def test_training_on_the_triton_kernels_is_the_same_training(run, tiny, monkeypa
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", ["14m", "70m"])
+def test_two_hundred_steps_on_either_kernels(size, tmp_path):
+    """Losses differ by no more than they do when the same rows are merely added up in another order."""
+
+    def losses(kernels: str, micro_batch: int) -> np.ndarray:
+        out = tmp_path / f"{kernels}-{micro_batch}"
+        line = ["--size", size, "--demo", "--steps", 200, "--batch-size", 32, "--micro-batch", micro_batch]
+        train.train(train.parse([str(part) for part in (*line, "--kernels", kernels, "--out", out)]))
+        return np.array([record["loss"] for record in records(out)])
+
+    ours, definitions, noise = losses("triton", 16), losses("torch", 16), losses("torch", 8)
+    assert definitions[-20:].mean() < definitions[0] - 4  # it has learned
+    for part in (slice(0, 50), slice(50, 200)):  # rounding errors grow with the steps
+        allowed = 2 * np.abs(noise - definitions)[part].mean() + 1e-4
+        assert np.abs(ours - definitions)[part].mean() <= allowed
+        assert abs((ours - definitions)[part].mean()) <= allowed
+
+
 def test_triton_kernels_are_refused_where_they_can_not_run():
     if torch.cuda.is_available():
         pytest.skip("here they can run")
