@@ -32,7 +32,8 @@ for sharded in (False, True):
     model.compute_dtype = torch.float16
     set_recompute(model, recompute)
     if sharded:
-        policy = MixedPrecisionPolicy(param_dtype=torch.float16, reduce_dtype=torch.float32)
+        # inputs as they are: else cos and sin would be rounded to float16 on their way into a block
+        policy = MixedPrecisionPolicy(torch.float16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in model.blocks:
             fully_shard(block, mp_policy=policy)
         fully_shard(model, mp_policy=policy)

@@ -267,7 +267,7 @@ def test_two_hundred_steps_on_either_kernels(size, tmp_path):
 def test_triton_kernels_are_refused_where_they_can_not_run():
     if torch.cuda.is_available():
         pytest.skip("here they can run")
-    with pytest.raises(UserError, match="--kernels triton: the Triton kernels need .* a CUDA device"):
+    with pytest.raises(UserError, match=r"--kernels triton: the Triton kernels need .* a CUDA device"):
         train.parse(["--size", "14m", "--kernels", "triton"])
 
 
