@@ -1,1 +1,1 @@
-"""Measurements: the training step beside its peers (bench.step)."""
+"""Measurements beside peers: the training step (bench.step) and the kernels (pytest bench --benchmark-only)."""
