@@ -26,6 +26,7 @@ from errors import Parser, UserError, run_command
 from model import Pythia
 from model.huggingface import save as save_huggingface
 from model.huggingface import shard, write_tensors
+from parallel import local, local_rows, whole
 
 FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names of Adam's first and second moment
@@ -53,14 +54,20 @@ def save(
     hidden_act: str = "gelu",
     tokenizer: Path | None = None,
     keep_state: int = 2,
+    first: bool = True,
 ) -> Path:
     """Write RUN/stepN, then drop the resumable state of all but the `keep_state` newest checkpoints.
 
-    dtype and hidden_act are those of the Hugging Face files; counters (JSON) is handed back by restore. Raises
-    UserError, leaving what was there untouched, when the disk is full or can not be written.
+    dtype and hidden_act are those of the Hugging Face files; counters (JSON) is handed back by restore. When weights
+    are sharded all ranks call this, and the first of them writes, one file in memory at a time. Raises UserError,
+    leaving what was there untouched, when the disk is full or can not be written.
     """
     final, temporary, aside = run / f"step{step}", run / f".step{step}.tmp", run / f".step{step}.old.tmp"
     parameters = dict(model.named_parameters())
+    if not first:  # lend the first rank what it fetches below, in its order
+        for tensor in (*parameters.values(), *_state(parameters, optimizer).values()):
+            whole(tensor.detach())
+        return final
     elements = sum(p.numel() for p in parameters.values())
     needed = elements * (dtype.itemsize + 3 * 4) + 2**24  # weights twice, two moments, and the small files
     try:
@@ -71,7 +78,7 @@ def save(
                 f"nothing was written, make room and run the same line again"
             )
         shutil.rmtree(temporary, ignore_errors=True)
-        save_huggingface(model, temporary, dtype, hidden_act, tokenizer)
+        save_huggingface(model, temporary, dtype, hidden_act, tokenizer, whole)
         _save_state(temporary / "state", parameters, optimizer, counters)
         _write_manifest(temporary, step)
         if final.exists():  # the same step saved again
@@ -95,19 +102,25 @@ def save(
     return final
 
 
-def _save_state(
-    directory: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer, counters: dict
-) -> None:
-    directory.mkdir()
+def _state(parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights and moments by the names that they have in the files, in the order in which they are written."""
     tensors = {f"weight/{name}": p.detach() for name, p in parameters.items()}
     for name, p in parameters.items():
         for moment in MOMENTS:
             value = optimizer.state[p].get(moment) if p in optimizer.state else None
-            tensors[f"{moment}/{name}"] = torch.zeros_like(p) if value is None else value
+            tensors[f"{moment}/{name}"] = torch.zeros_like(p.detach()) if value is None else value
+    return tensors
+
+
+def _save_state(
+    directory: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer, counters: dict
+) -> None:
+    directory.mkdir()
+    tensors = _state(parameters, optimizer)
     shards = shard({name: t.numel() * t.element_size() for name, t in tensors.items()})
     for i, names in enumerate(shards):
         file = directory / f"state-{i + 1:05}-of-{len(shards):05}.safetensors"
-        write_tensors({name: tensors[name].cpu().contiguous() for name in names}, file)
+        write_tensors({name: whole(tensors[name]).cpu().contiguous() for name in names}, file)
     adam_steps = {int(optimizer.state[p]["step"]) for p in parameters.values() if p in optimizer.state} or {0}
     if len(adam_steps) > 1:
         raise RuntimeError(f"parameters disagree on Adam's step: {adam_steps}")
@@ -293,12 +306,14 @@ def restore(directory: Path, model: Pythia, optimizer: torch.optim.Optimizer) ->
                 for key in tensors.keys():  # noqa: SIM118
                     kind, _, name = key.partition("/")
                     p = parameters[name]
+                    stored = tensors.get_slice(key)[local_rows(p)]  # of a shard, its rows only
                     if kind == "weight":
-                        p.copy_(tensors.get_tensor(key))
+                        local(p).copy_(stored)
                     elif adam_step:
                         state = optimizer.state[p]
                         state.setdefault("step", torch.tensor(adam_step, device=p.device))
-                        state[kind] = tensors.get_tensor(key).to(p.device, copy=True)  # not a view on the file
+                        state[kind] = torch.empty_like(p)
+                        local(state[kind]).copy_(stored)
     return counters
 
 

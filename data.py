@@ -506,11 +506,21 @@ def check_vocab(batch: np.ndarray, vocab: int, step: int, rank: int = 0, world: 
         )
 
 
-def batch_sha256(batch: np.ndarray) -> str:
-    """Hex digest of a batch [..., seq_len + 1]: of the rows' own digests in row order, so that each rank can hash
-    what it has. Tokens as stored, little-endian."""
+def row_digests(batch: np.ndarray) -> np.ndarray:
+    """sha256 of every row of [..., seq_len + 1] tokens as stored, little-endian: uint8 [..., 32]."""
     rows = batch.astype(batch.dtype.newbyteorder("<"), copy=False).reshape(-1, batch.shape[-1])
-    return hashlib.sha256(b"".join(hashlib.sha256(row.tobytes()).digest() for row in rows)).hexdigest()
+    digests = b"".join(hashlib.sha256(row.tobytes()).digest() for row in rows)
+    return np.frombuffer(digests, dtype=np.uint8).reshape(*batch.shape[:-1], 32).copy()
+
+
+def digest(row_digests: np.ndarray) -> str:
+    """Hex digest of a batch, of the digests of its rows in their order: each rank can hash what it has."""
+    return hashlib.sha256(row_digests.tobytes()).hexdigest()
+
+
+def batch_sha256(batch: np.ndarray) -> str:
+    """Hex digest of a whole batch [..., seq_len + 1]."""
+    return digest(row_digests(batch))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
     torchrun train.py --size 14m --demo                 two minutes on a laptop, real text, real checkpoints
     torchrun train.py --size 1.4b --data PREFIX         the published run: 143,000 steps of 1024 rows of 2048 tokens
+    torchrun --nproc-per-node 8 train.py ...            the same run on eight GPUs
 
 The step t of a run trains on batch(t), rows [1024 t, 1024 (t + 1)) of the shuffled order: a run is a function of
 (size, data, seed), and resuming is starting at t. Checkpoint stepN has made N steps; the record of step t in
@@ -16,6 +17,7 @@ import platform
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,7 +35,21 @@ from kernels import backend
 from metrics import LOGGERS, Metrics
 from model import SIZES, Config, Pythia
 from model.huggingface import load, read_config
-from parallel import RECOMPUTE, set_recompute
+from parallel import (
+    RECOMPUTE,
+    SHARD,
+    Ranks,
+    end_ranks,
+    init_weights,
+    local,
+    local_rows,
+    resolve_shard,
+    set_recompute,
+    shard_weights,
+    squared_norm,
+    start_ranks,
+    sync_gradients,
+)
 
 # Settings
 
@@ -59,7 +75,7 @@ class Settings:
     steps: int = setting(143_000, "optimizer steps; the learning-rate schedule spans them")
     stop_at: int = setting(0, "pause, with a checkpoint, when this many steps are made", fixed=False)
     batch_size: int = setting(1024, "rows of one optimizer step")
-    micro_batch: int = setting(0, "rows of one forward and backward pass (default: at most 8)")
+    micro_batch: int = setting(0, "rows of one forward and backward pass of a rank (default: at most 8)", fixed=False)
     seq_len: int = setting(2048, "tokens of a row")
     lr: float = setting(0.0, "peak learning rate (default: the one that the size was trained with)")
     schedule: str = setting(
@@ -67,6 +83,9 @@ class Settings:
     )
     precision: str = setting(
         "", "of products and activations (default: bf16 on a GPU, else fp32)", choices=["bf16", "fp16", "fp32"]
+    )
+    shard: str = setting(
+        "auto", "what the ranks divide among them: everything, gradients and moments, or nothing", False, choices=SHARD
     )
     recompute: str = setting(
         "none", "activations to compute again in the backward pass, to save memory", fixed=False, choices=RECOMPUTE
@@ -104,7 +123,8 @@ def parse(arguments: list[str]) -> Settings:
     s.out = s.out or f"runs/pythia-{s.size}"
     s.lr = s.lr or SIZES[s.size].lr
     s.precision = s.precision or ("bf16" if torch.cuda.is_available() or s.plan else "fp32")
-    s.micro_batch = s.micro_batch or math.gcd(8, s.batch_size)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    s.micro_batch = s.micro_batch or math.gcd(8, max(s.batch_size // world, 1))
     for name in ("steps", "batch_size", "micro_batch", "seq_len", "keep_state", "lr"):
         if not getattr(s, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(s, name)}")
@@ -112,7 +132,7 @@ def parse(arguments: list[str]) -> Settings:
         raise UserError(f"--stop-at {s.stop_at} lies outside the {s.steps} steps of the run")
     if unknown := set(filter(None, s.log.split(","))) - set(LOGGERS):
         raise UserError(f"--log knows {' and '.join(LOGGERS)}, not {', '.join(sorted(unknown))}")
-    data.row_numbers(0, s.batch_size, s.micro_batch)  # refuses a batch that does not divide
+    data.row_numbers(0, s.batch_size, s.micro_batch, 0, world)  # refuses a batch that does not divide
     try:
         backend.choose(s.kernels)
     except ValueError as error:
@@ -172,50 +192,52 @@ def make_optimizer(model: Pythia, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
-def gradient_norm(parameters: list[Tensor]) -> Tensor:
-    """Global L2 norm in float64, exact to float32's last digits: of the norms of rows.
-
-    In float32 torch's norm of millions of elements is off by 2e-4 on a CPU, where it adds them up one by one.
-    """
-    rows = [torch.linalg.vector_norm(p.grad, dim=-1).flatten() for p in parameters]
-    return torch.linalg.vector_norm(torch.cat(rows), dtype=torch.float64)
-
-
 def clip(parameters: list[Tensor], norm: float, scale: float = 1.0) -> None:
     """Divide gradients by the loss scale, and so that their global norm, `norm` when unscaled, is at most 1."""
     factor = min(1.0, 1.0 / (norm + 1e-6)) / scale
     if factor != 1.0:
         for p in parameters:
-            p.grad.mul_(factor)
+            local(p.grad).mul_(factor)
 
 
 # The run
 
 
 def train(s: Settings) -> None:
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("Tripod trains in one process so far: start it with torchrun --nproc-per-node 1")
-    config = replace(SIZES[s.size], gelu=s.gelu)
+    ranks = start_ranks()
+    try:
+        run_steps(s, ranks)
+    finally:
+        end_ranks()
+
+
+def run_steps(s: Settings, ranks: Ranks) -> None:
+    config, device = replace(SIZES[s.size], gelu=s.gelu), ranks.device
+    if not ranks.first:
+        ranks.wait()  # until the first has computed the order of the data, and left it for all
     rows = data.open_rows(s.data, data.requested_samples(s.steps, s.batch_size), s.seq_len, s.seed)
+    if ranks.first:
+        ranks.wait()
     if s.steps * s.batch_size > len(rows):
         raise UserError(
             f"--steps {s.steps} needs {s.steps * s.batch_size} rows, {s.data} has {len(rows)}: lower --steps"
         )
     run, facts = Path(s.out), data.data_facts(rows)
     check_run(run, s, facts)
-    checkpoint.clean_up(run)
+    ranks.wait()
+    if ranks.first:
+        checkpoint.clean_up(run)
+    ranks.wait()
     resumable = checkpoint.steps_with_state(run)
     start, last = (resumable[-1] if resumable else 0), s.stop_at or s.steps
     if start >= last:
-        print(
-            f"{run} is finished: it has made all {s.steps} steps" if start == s.steps else f"{run} is at step {start}"
-        )
+        made = f"is finished: it has made all {s.steps} steps" if start == s.steps else f"is at step {start}"
+        ranks.print(f"{run} {made}")
         return
-    data.check_vocab(data.batch(rows, start, s.batch_size, s.micro_batch), config.vocab, start)
+    share = s.batch_size, s.micro_batch, ranks.rank, ranks.world
+    data.check_vocab(data.batch(rows, start, *share), config.vocab, start, ranks.rank, ranks.world)
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = initial_model(s, config).to(device)
-    model.compute_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[s.precision]
+    model = initial_model(s, config, ranks)
     set_recompute(model, s.recompute)
     if s.compile:
         for block in model.blocks:
@@ -234,31 +256,36 @@ def train(s: Settings) -> None:
         hidden_act = "gelu_pytorch_tanh" if (s.export_gelu, s.gelu) == ("trained", "tanh") else "gelu"
         tokenizer = data.find_tokenizer(s.data)
         args = (model, optimizer, counters, model.compute_dtype, hidden_act, tokenizer, s.keep_state)
-        tqdm.write(f"saved {checkpoint.save(run, step, *args)}")
+        ranks.print(f"saved {checkpoint.save(run, step, *args, first=ranks.first)}")
+        ranks.wait()
 
-    record_start(run, s, facts, start, device)
-    print(
-        f"{run}: {config.parameters:,} parameters on {device}, {s.precision}; step {start} to {last} of {s.steps}, "
-        f"each {s.batch_size} rows of {s.seq_len} tokens"
+    if ranks.first:
+        record_start(run, s, facts, start, ranks)
+    ranks.print(
+        f"{run}: {config.parameters:,} parameters on {ranks.world} x {device.type}, {s.precision}; step {start} to "
+        f"{last} of {s.steps}, each {s.batch_size} rows of {s.seq_len} tokens"
     )
     stop = StopSignal()
     tokens_per_step, peak = s.batch_size * s.seq_len, plan.peak_flops(device)
-    with Metrics(run, start, s.steps, list(filter(None, s.log.split(","))), asdict(s)) as metrics:
+    loggers = list(filter(None, s.log.split(",")))
+    with Metrics(run, start, s.steps, loggers, asdict(s)) if ranks.first else nullcontext() as metrics:
         if not resumable:
             save(0)
         for step in range(start, last):
             began = time.perf_counter()
-            batch = data.batch(rows, step, s.batch_size, s.micro_batch)  # [micro_steps, micro_batch, seq_len + 1]
-            data.check_vocab(batch, config.vocab, step)
+            batch = data.batch(rows, step, *share)  # [micro_steps, micro_batch, seq_len + 1]: this rank's rows
+            data.check_vocab(batch, config.vocab, step, ranks.rank, ranks.world)
             scale = scaler.scale if scaler else 1.0
-            loss_sum = torch.zeros((), device=device)
-            for micro_batch in batch:
+            loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+            for i, micro_batch in enumerate(batch):
+                sync_gradients(model, i + 1 == len(batch), ranks)
                 tokens = torch.from_numpy(micro_batch.astype(np.int64)).to(device)
                 loss = model(tokens[:, :-1], tokens[:, 1:])
                 (loss * (scale / len(batch))).backward()
                 loss_sum += loss.detach()
-            norm = gradient_norm(parameters) / scale
-            loss, norm = torch.stack((loss_sum / len(batch), norm)).tolist()  # the one host sync of the step
+            sums = ranks.sum(torch.stack((loss_sum, squared_norm(parameters))))
+            loss, squares = sums.tolist()  # the one host sync of the step
+            loss, norm = loss / (len(batch) * ranks.world), math.sqrt(squares) / scale
 
             overflow = scaler is not None and not math.isfinite(norm)
             if not overflow and not math.isfinite(loss + norm):
@@ -281,39 +308,55 @@ def train(s: Settings) -> None:
                     raise UserError(f"50 steps in a row overflowed float16, up to step {step}: try --precision bf16")
 
             seconds = time.perf_counter() - began
-            metrics.record(
-                step=step,
-                loss=loss,
-                lr=lr,
-                grad_norm=norm,
-                tokens=(step + 1) * tokens_per_step,
-                tokens_per_s=tokens_per_step / seconds,
-                mfu=peak and tokens_per_step / seconds * config.flops_per_token(s.seq_len) / peak,
-                seconds=seconds,
-                loss_scale=scale,
-                batch_sha256=data.batch_sha256(batch),
-            )
-            if checkpoint.is_published_step(step + 1, last) or stop.requested:
+            digests = ranks.gather(torch.from_numpy(data.row_digests(batch)))  # [world, micro_steps, micro_batch, 32]
+            if metrics:
+                metrics.record(
+                    step=step,
+                    loss=loss,
+                    lr=lr,
+                    grad_norm=norm,
+                    tokens=(step + 1) * tokens_per_step,
+                    tokens_per_s=tokens_per_step / seconds,
+                    mfu=peak and tokens_per_step / seconds * config.flops_per_token(s.seq_len) / (peak * ranks.world),
+                    seconds=seconds,
+                    loss_scale=scale,
+                    batch_sha256=data.digest(digests.transpose(0, 1).numpy()),
+                )
+            stopping = ranks.any(stop.requested)
+            if checkpoint.is_published_step(step + 1, last) or stopping:
                 save(step + 1)
-            if stop.requested:
+            if stopping:
                 break
     if step + 1 == s.steps:
-        print(f"finished. Try: python generate.py --checkpoint {run}/step{step + 1} --prompt 'def '")
+        ranks.print(f"finished. Try: python generate.py --checkpoint {run}/step{step + 1} --prompt 'def '")
     else:
-        print(f"paused at step {step + 1} of {s.steps}; the same line{' without --stop-at' * bool(s.stop_at)} goes on")
+        goes_on = f"the same line{' without --stop-at' * bool(s.stop_at)} goes on"
+        ranks.print(f"paused at step {step + 1} of {s.steps}; {goes_on}")
 
 
-def initial_model(s: Settings, config: Config) -> Pythia:
-    """The model before its first step: random as published, or from --init-from."""
-    if not s.init_from:
-        return Pythia(config, s.seed)
-    stored = read_config(s.init_from)
-    for name in ("layers", "hidden", "heads", "vocab", "ffn", "rotary_dim", "parallel"):
-        if getattr(stored, name) != getattr(config, name):
-            raise UserError(f"--init-from {s.init_from} is no {config.name}: {name} is {getattr(stored, name)}")
+def initial_model(s: Settings, config: Config, ranks: Ranks) -> Pythia:
+    """The model before its first step, sharded: random as published, or from --init-from.
+
+    It is built without memory, so that no rank ever holds more than its part of the random weights.
+    """
+    if s.init_from:
+        stored = read_config(s.init_from)
+        for name in ("layers", "hidden", "heads", "vocab", "ffn", "rotary_dim", "parallel"):
+            if getattr(stored, name) != getattr(config, name):
+                raise UserError(f"--init-from {s.init_from} is no {config.name}: {name} is {getattr(stored, name)}")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[s.precision]
     with torch.device("meta"):
         model = Pythia(config)
-    model.load_state_dict(load(s.init_from).state_dict(), assign=True)
+    model.compute_dtype = dtype
+    shard_weights(model, resolve_shard(s.shard, config, ranks.device), ranks, dtype)
+    model.to_empty(device=ranks.device)
+    if not s.init_from:
+        init_weights(model, s.seed)
+        return model
+    weights = dict(load(s.init_from).named_parameters())
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            local(p).copy_(weights[name][local_rows(p)])
     return model
 
 
@@ -340,7 +383,7 @@ def check_run(run: Path, s: Settings, facts: dict) -> None:
         raise UserError(f"{run} is a run with other settings: {', '.join(differing)}; choose another --out")
 
 
-def record_start(run: Path, s: Settings, facts: dict, step: int, device: torch.device) -> None:
+def record_start(run: Path, s: Settings, facts: dict, step: int, ranks: Ranks) -> None:
     """Note in run.json that the run starts, or goes on, at this step: settings and data, then a line a start."""
     run.mkdir(parents=True, exist_ok=True)
     path, temporary = run / "run.json", run / ".run.json.tmp"
@@ -351,7 +394,8 @@ def record_start(run: Path, s: Settings, facts: dict, step: int, device: torch.d
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": " ".join(sys.argv),
             "host": platform.node(),
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
+            "ranks": ranks.world,
+            "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else platform.processor() or "cpu",
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
             "torch": torch.__version__,

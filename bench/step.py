@@ -39,7 +39,8 @@ from bench.peers import PACKAGES, build_peer, installed
 from errors import Parser, UserError, run_command
 from model import SIZES, Config, Pythia
 from model.sizes import VOCAB_USED
-from train import clip, gradient_norm, make_optimizer, reuse_freed_memory
+from parallel import squared_norm
+from train import clip, make_optimizer, reuse_freed_memory
 
 SEED = 1234
 WARM_UP = 2  # steps, of which the first compiles
@@ -133,7 +134,8 @@ def training_step(s: Namespace, device: torch.device) -> Callable[[Tensor], tupl
     def step(tokens: Tensor) -> tuple[float, float]:
         loss = ours(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
-        loss, norm = torch.stack((loss.detach(), gradient_norm(parameters))).tolist()
+        loss, squares = torch.stack((loss.detach(), squared_norm(parameters))).tolist()
+        norm = math.sqrt(squares)
         clip(parameters, norm)
         optimizer.step()
         optimizer.zero_grad()

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from shutil import copyfile
@@ -106,11 +106,13 @@ def save(
     dtype: torch.dtype = torch.float16,
     hidden_act: str = "gelu",
     tokenizer: Path | None = None,
+    whole: Callable[[Tensor], Tensor] = lambda parameter: parameter,
 ) -> None:
     """Write config.json, model.safetensors (in shards of 5 GB with an index when larger) and the tokenizer, if given.
 
     hidden_act is "gelu" as in the published files or "gelu_pytorch_tanh" as trained; it names what the reader should
-    compute and changes no weight. Raises OSError when the directory can not be written.
+    compute and changes no weight. `whole` fetches a parameter of which only a shard is here. Raises OSError when the
+    directory can not be written.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -133,7 +135,7 @@ def save(
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     for file, names in zip(files, shards):  # one shard at a time is cast, so memory does not double
-        tensors = {name: parameters[name].to("cpu", dtype).contiguous() for name in names}
+        tensors = {name: whole(parameters[name]).to("cpu", dtype).contiguous() for name in names}
         write_tensors(tensors, directory / file)
 
 

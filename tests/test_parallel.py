@@ -1,5 +1,7 @@
-"""The network under torch's own engine for many devices, FSDP2: the kernels are nodes that it can shard around."""
+"""Many ranks: the same rows, weights and losses as one, however weights are sharded, also when a run changes hands."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +9,99 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoint
+
 ROOT = Path(__file__).parents[1]
+
+# train.py with a Pythia small enough, as a script for torchrun.
+SMALL = """
+import sys
+from dataclasses import replace
+sys.path.insert(0, sys.argv.pop(1))
+import train
+from errors import run_command
+from model import SIZES
+SIZES["14m"] = replace(SIZES["14m"], layers=2, hidden=32, vocab=390)  # 390 rows do not divide by 4
+run_command(train.main)
+"""
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def ranks(corpus, tmp_path_factory):
+    """ranks(world, *flags, out="a") -> (finished process, run directory): twelve rows of 32 tokens a step."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "small.py").write_text(SMALL)
+
+    def start(world: int, *flags, out: str) -> tuple[subprocess.CompletedProcess, Path]:
+        line = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", world]
+        line += [folder / "small.py", ROOT, "--size", "14m", "--data", corpus, "--out", folder / out]
+        line += ["--steps", STEPS, "--batch-size", 12, "--seq-len", 32, "--lr", 1e-2, *flags]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=120, env=environment)
+        return done, folder / out
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def one(ranks) -> Path:
+    """The run of one rank. A micro-step has two rows: sums over rows have another order on every number of ranks."""
+    done, directory = ranks(1, "--micro-batch", 2, out="one")
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+def metrics(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_training(ours: Path, one_rank: Path) -> None:
+    assert len(metrics(ours)) == len(metrics(one_rank)) == STEPS
+    for a, b in zip(metrics(ours), metrics(one_rank)):
+        assert a["batch_sha256"] == b["batch_sha256"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-6)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2e-6)
+    files = [directory / "step0" / "model.safetensors" for directory in (ours, one_rank)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("world", "shard"),
+    [(2, "full"), (3, "grad"), pytest.param(4, "full", marks=pytest.mark.slow), (2, "none")],
+)
+def test_ranks_train_as_one_does(world, shard, ranks, one):
+    done, several = ranks(world, "--shard", shard, "--micro-batch", 1, out=f"{world}-{shard}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("saved") == 5  # steps 0, 1, 2, 4, 8, and by one rank only
+    assert_same_training(several, one)
+    assert checkpoint.problems(several / f"step{STEPS}") == []
+
+
+def test_a_run_changes_hands(ranks, one):
+    """Stopped and resumed on other ranks, sharded in other ways, a run goes on as if nothing had happened."""
+    for world, shard, stop_at in ((2, "full", 3), (1, "auto", 5), (4, "grad", STEPS)):
+        done, several = ranks(world, "--shard", shard, "--stop-at", stop_at, out="several")
+        assert done.returncode == 0, done.stderr
+    assert_same_training(several, one)
+
+
+@pytest.mark.slow
+def test_bfloat16_is_sharded_too(ranks):
+    done, one = ranks(1, "--precision", "bf16", out="bf16")
+    assert done.returncode == 0, done.stderr
+    done, two = ranks(2, "--precision", "bf16", "--shard", "full", "--recompute", "cheap", out="bf16-sharded")
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(metrics(two), metrics(one), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=5e-3)  # LayerNorms see weights rounded to bfloat16
+
+
+def test_ranks_that_do_not_divide_the_batch(ranks):
+    done, directory = ranks(5, out="refused")
+    assert done.returncode != 0
+    assert "--batch-size 12 does not divide among 5 ranks; 10 or 15 would" in done.stderr
+    assert not directory.exists()
+
 
 # In a process of its own, because a process group is for the life of one. TRITON_INTERPRET is set for it, not for us.
 SHARDED = """
