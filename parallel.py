@@ -10,6 +10,7 @@ rows of a batch; torch's FSDP2 averages their gradients, and gives every rank th
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -206,10 +207,17 @@ def set_recompute(model: Pythia, recompute: str) -> None:
     cheap    keep the results of matrix products and attention; recompute norms, GELU, rotary and additions
     full     keep only the input of the block
     """
-    if recompute == "none":
-        return
     contexts = {}
     if recompute == "cheap":
         contexts["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_expensive)
     for block in model.blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **contexts)
+        vars(block).pop("forward", None)  # what an earlier call has put there
+        if recompute != "none":
+            block.forward = _recomputing(block.forward, contexts)
+
+
+def _recomputing(forward: Callable, contexts: dict) -> Callable:
+    def run(*args):  # a function of ours, because torch.compile does not look into torch's own
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **contexts)
+
+    return run

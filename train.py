@@ -55,7 +55,7 @@ from parallel import (
 
 
 def setting(default, help: str, fixed: bool = True, **argument):
-    """A field that is also a flag. One that is not fixed may differ when a run is resumed: it changes no number."""
+    """A field that is also a flag. One that is not fixed may differ when a run is resumed: at most rounding changes."""
     return field(default=default, metadata={"help": help, "fixed": fixed, "argument": argument})
 
 
@@ -92,7 +92,10 @@ class Settings:
     )
     compile: bool = setting(False, "torch.compile every block")
     kernels: str = setting(
-        "auto", "the hot paths: triton, their definitions in torch, or (auto) triton on a GPU", choices=backend.KERNELS
+        "auto",
+        "of the hot paths: triton, torch (their definitions), auto: triton on a GPU",
+        False,
+        choices=backend.KERNELS,
     )
     gelu: str = setting("tanh", "in training: tanh as published, or none for the exact erf", choices=["tanh", "none"])
     export_gelu: str = setting(
@@ -134,7 +137,7 @@ def parse(arguments: list[str]) -> Settings:
         raise UserError(f"--log knows {' and '.join(LOGGERS)}, not {', '.join(sorted(unknown))}")
     data.row_numbers(0, s.batch_size, s.micro_batch, 0, world)  # refuses a batch that does not divide
     try:
-        backend.choose(s.kernels)
+        backend.choose("auto" if s.plan else s.kernels)  # a plan may be for another machine than this one
     except ValueError as error:
         raise UserError(f"--kernels {s.kernels}: {error}") from None
     return s

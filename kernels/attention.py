@@ -43,8 +43,8 @@ def rotary_tables(
     The angles are formed in float64. Half-precision angles, as in GPT-NeoX v1.0, are wrong by up to 0.8 in the cosine
     (fixed there in September 2023, #1041): that fault is not reproduced.
     """
-    frequencies = base ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
-    angles = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequencies)
+    frequencies = base ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64, device="cpu") / rotary_dim)
+    angles = torch.outer(torch.arange(seq_len, dtype=torch.float64, device="cpu"), frequencies)
     return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
 
@@ -102,7 +102,7 @@ def _short_attention(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
     rotated[2] = parts[2].reshape(rotated.shape[1:])
     q, k, v = rotated
     q *= head_dim**-0.5
-    later = torch.full((BLOCK, BLOCK), -torch.inf).triu(1)
+    later = qkv.new_full((BLOCK, BLOCK), -torch.inf).triu(1)
     out, probabilities = torch.empty_like(v), qkv.new_empty(batch * heads * _pairs(seq))
     for rows, p in _blocks(probabilities, batch * heads, seq):
         torch.bmm(q[:, rows], k[:, : rows.stop].mT, out=p)  # [batch heads, block, keys]
@@ -557,6 +557,8 @@ def _check_for_kernels(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
         raise ValueError(
             f"the kernels rotate 2 to {CHUNKS[head_dim][0]} of the {head_dim} columns of a head, not {rotary_dim}"
         )
+    if qkv.dtype == torch.bfloat16 and not qkv.is_cuda:
+        raise ValueError("Triton's interpreter can not multiply bfloat16: take float16 or float32, or a GPU")
     if qkv.numel() == 0 or not qkv.is_contiguous():
         raise ValueError(f"qkv must be contiguous and not empty: {list(qkv.shape)}, strides {list(qkv.stride())}")
     for name, table in (("cos", cos), ("sin", sin)):
@@ -570,7 +572,8 @@ def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Causal attention of rotated queries and keys.
 
     qkv [batch, seq, heads, 3, head_dim] is the output of the fused projection, cos and sin are [seq, rotary_dim / 2].
-    Returns [batch, seq, heads, head_dim] in the dtype of qkv. Raises ValueError when the shapes do not fit.
+    Returns [batch, seq, heads, head_dim] in the dtype of qkv. Raises ValueError when the shapes do not fit; the kernels
+    also want qkv contiguous, one of the head dims that a Pythia has, and float32 tables.
     """
     if qkv.dim() != 5 or qkv.shape[3] != 3:
         raise ValueError(f"qkv must be [batch, seq, heads, 3, head_dim], not {list(qkv.shape)}")

@@ -1,6 +1,7 @@
 """Which of its two forms an op runs: the Triton kernels, or the definition in plain torch."""
 
 import os
+from functools import cache
 from types import SimpleNamespace
 
 import torch
@@ -23,7 +24,7 @@ _chosen = "auto"
 def choose(kernels: str) -> None:
     """Choose for all ops of this process. Raises ValueError when Triton is asked for and can not run here.
 
-    auto      Triton on a CUDA device from compute capability 8.0 on, and on a CPU under TRITON_INTERPRET=1; else torch
+    auto      Triton on a GPU of compute capability 8, 9 or 10, and on a CPU under TRITON_INTERPRET=1; else torch
     triton    the same, but where there is no such device, refuse
     torch     the definitions, everywhere
     """
@@ -31,7 +32,7 @@ def choose(kernels: str) -> None:
         raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, not {kernels!r}")
     if kernels == "triton" and not INTERPRETED and not _has_triton_gpu():
         raise ValueError(
-            "the Triton kernels need the triton package and a CUDA device of compute capability 8.0 or more "
+            "the Triton kernels need the triton package and a CUDA device of compute capability 8, 9 or 10 "
             "(or TRITON_INTERPRET=1, to run them slowly on a CPU)"
         )
     global _chosen
@@ -42,8 +43,12 @@ def triton_runs(x: Tensor) -> bool:
     """Whether ops on x run their Triton kernels. Those know 16 and 32-bit floats; float64 is for the definitions."""
     if _chosen == "torch" or x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return False
-    return _has_triton_gpu() if x.is_cuda else INTERPRETED and x.device.type == "cpu"
+    return _has_triton_gpu(x.device) if x.is_cuda else INTERPRETED and x.device.type == "cpu"
 
 
-def _has_triton_gpu() -> bool:
-    return hasattr(triton, "compile") and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+@cache
+def _has_triton_gpu(device: torch.device | None = None) -> bool:
+    """Whether the device, or the current one, is of a generation that attention has a launch table for."""
+    if not hasattr(triton, "compile") or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (8, 9, 10)

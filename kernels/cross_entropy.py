@@ -211,7 +211,9 @@ def _backward(ctx, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.formed:
         d_hidden, d_weight = ctx.saved_tensors
         scale = d_loss / d_hidden.shape[0]
-        return d_hidden * scale, d_weight * scale, None, None, None
+        # Multiplied in the dtype of scale: 1 / tokens rounded to 16 bits would make every gradient wrong alike.
+        d_hidden, d_weight = ((d.to(scale.dtype) * scale).to(d.dtype) for d in (d_hidden, d_weight))
+        return d_hidden, d_weight, None, None, None
     return *_linear_cross_entropy_backward(*ctx.saved_tensors, d_loss), None, None, None
 
 
@@ -224,7 +226,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduct
     hidden [tokens, hidden], weight [vocab, hidden], targets [tokens] int64. The products are formed in the dtype of
     hidden; a float32 weight gets a gradient accumulated in float32 whatever that is. Returns a scalar (the mean over
     tokens) or, with reduction "none", the loss of every token [tokens], in at least float32. Raises ValueError when
-    shapes, dtypes or devices do not fit.
+    shapes, dtypes or devices do not fit. Targets must be ids of the vocabulary, and none is ignored: another one is an
+    error of torch's where the definition runs, and a loss that is not a number where the kernels do.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or not len(hidden):
         shapes = f"{list(hidden.shape)} and {list(weight.shape)}"

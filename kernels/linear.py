@@ -13,7 +13,7 @@ _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends
 
 
 def _by_onednn(x: Tensor) -> bool:
-    return _onednn is not None and x.dtype == torch.float32 and x.device.type == "cpu"
+    return _onednn is not None and x.dtype == torch.float32 and x.device.type == "cpu" and x.shape[-1] > 0
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -41,7 +41,7 @@ def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
 def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     dx = _linear(dy, weight.T, None) if ctx.needs_input_grad[0] else None
-    x, dy = x.flatten(0, -2), dy.flatten(0, -2)  # [tokens, in], [tokens, out]
+    x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])  # [tokens, in], [tokens, out]
     return dx, dy.T @ x, dy.sum(0) if ctx.needs_input_grad[2] else None
 
 

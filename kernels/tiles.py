@@ -56,15 +56,22 @@ ATTENTION = {
     },
 }
 
+# 8.6 and 8.9 have three fifths of the shared memory of 8.0, which is too little for its tiles of 256 columns.
+ATTENTION[86] = {
+    **ATTENTION[80],
+    256: Attention(Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 64, 8, 2)),
+}
+
 # float32 is for tests and comparisons: exact products do not run on the tensor cores, and fill registers even so.
 FLOAT32 = Attention(Tile(16, 16, 8, 2), Tile(16, 16, 8, 2), Tile(16, 16, 8, 2), Tile(16, 16, 8, 2))
 
 
 def architecture(device: torch.device) -> int:
-    """The row of the table: 90 for Hopper, 100 for Blackwell's B200 and B300, else (8.x, 12.x) 80."""
+    """The row of the table: 80 for A100, 86 for the RTX 30 and 40 series and their kin, 90 for Hopper, 100 for B200."""
     if device.type != "cuda":
         return 90  # the interpreter, which can do all that Hopper can
-    return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(device)[0], 80)
+    major, minor = torch.cuda.get_device_capability(device)
+    return {8: 80 if minor == 0 else 86, 9: 90, 10: 100}[major]
 
 
 def attention(arch: int, head_dim: int, dtype: torch.dtype) -> Attention:

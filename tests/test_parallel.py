@@ -4,12 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import checkpoint
+from model import SIZES, Pythia
+from parallel import RECOMPUTE, set_recompute
 
 ROOT = Path(__file__).parents[1]
 
@@ -150,3 +153,33 @@ def test_fully_sharded(kernels, recompute, tmp_path, monkeypatch):
     line = [sys.executable, "-c", SHARDED, kernels, recompute, tmp_path / "rendezvous"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_recompute_compiles(recompute):
+    """That torch.compile sees through it, and compiles what is in the block."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = Pythia(replace(SIZES["14m"], layers=1, hidden=32, vocab=64, seq_len=16))
+    tokens = torch.randint(64, (2, 17), generator=torch.Generator().manual_seed(0))
+    expected = torch.autograd.grad(model(tokens[:, :-1], tokens[:, 1:]), list(model.parameters()))
+    set_recompute(model, recompute)
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend=backend)
+    gradients = torch.autograd.grad(model(tokens[:, :-1], tokens[:, 1:]), list(model.parameters()))
+    assert "tripod" in "".join(graph.print_readable(print_output=False) for graph in graphs)
+    for ours, theirs in zip(gradients, expected):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_recompute_can_be_chosen_again():
+    model = Pythia(replace(SIZES["14m"], layers=1, hidden=32, vocab=64, seq_len=16))
+    plain = model.blocks[0].forward
+    for recompute in ("cheap", "full", "none"):
+        set_recompute(model, recompute)
+    assert model.blocks[0].forward == plain

@@ -270,6 +270,7 @@ def test_triton_kernels_are_refused_where_they_can_not_run():
         pytest.skip("here they can run")
     with pytest.raises(UserError, match=r"--kernels triton: the Triton kernels need .* a CUDA device"):
         train.parse(["--size", "14m", "--kernels", "triton"])
+    assert train.parse(["--size", "14m", "--kernels", "triton", "--plan"]).plan  # of a run somewhere else
 
 
 def test_float16_overflow_skips_update_and_schedule_not_the_data(run, monkeypatch):

@@ -27,9 +27,9 @@ from tqdm import tqdm
 from tests.kernels import shipped
 from tests.kernels.shipped import Shipped
 
-ARCHES = (80, 90, 100)  # A100, H100 and H200, B200: sm_80 ..
+ARCHES = (80, 86, 90, 100)  # A100, RTX 3090 (4090 and L40S have its limits), H100 and H200, B200: sm_80 ..
 AMD = 942  # MI300, gfx942: compiled with what is shipped for sm_80, and reported; the kernels have never run on one
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, AMD: 64 * 1024}  # bytes a program may have
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, AMD: 64 * 1024}  # bytes
 THREAD_LIMIT = 1024  # of a program
 SPILL_LIMIT = 16  # words; a few, outside the loops, cost nothing that can be measured
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "tripod" / "cubins"
@@ -64,7 +64,7 @@ def faults(facts: Facts, arch: int, products: bool) -> list[str]:
     # This also finds the kernels that ptxas, when it gives up, returns with 32 registers and thousands of spills.
     if facts.spilled > SPILL_LIMIT:
         found.append(f"{facts.spilled} words are spilled ({facts.registers} registers)")
-    if products and not {80: facts.hmma, 90: facts.hgmma, 100: facts.utcmma, AMD: facts.mfma}[arch]:
+    if products and not {80: facts.hmma, 86: facts.hmma, 90: facts.hgmma, 100: facts.utcmma, AMD: facts.mfma}[arch]:
         found.append("no product on the tensor cores of this generation")
     if products and arch == 90 and facts.hmma:
         found.append(f"{facts.hmma} products as on Ampere, at half the speed")

@@ -41,7 +41,12 @@ def test_slow_kernels_are_found():
         assert "does not compile" in wrong
 
 
-GOOD = {80: Facts(threads=256, hmma=8), 90: Facts(threads=256, hgmma=8, warpgroup=4), 100: Facts(threads=256, utcmma=8)}
+GOOD = {
+    80: Facts(threads=256, hmma=8),
+    86: Facts(threads=256, hmma=8),
+    90: Facts(threads=256, hgmma=8, warpgroup=4),
+    100: Facts(threads=256, utcmma=8),
+}
 
 
 @pytest.mark.parametrize("arch", ARCHES)

@@ -174,6 +174,19 @@ def test_linear_cross_entropy_in_narrow_types(dtype, tolerance):
         assert (ours - theirs).norm() / theirs.norm() < tolerance
 
 
+@pytest.mark.parametrize("tokens", [600, 700])
+def test_the_mean_of_bfloat16_is_not_biased(tokens):
+    """1 / tokens in bfloat16 is off by up to 2e-3, which all gradients would share."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(tokens, 32, dtype=torch.bfloat16), torch.randn(50, 32, dtype=torch.bfloat16)
+    targets = torch.randint(50, (tokens,))
+    narrow, wide = (h.requires_grad_() for h in (hidden.clone(), hidden.double()))
+    (ours,) = torch.autograd.grad(linear_cross_entropy(narrow, weight, targets), narrow)
+    (truth,) = torch.autograd.grad(F.cross_entropy(wide @ weight.double().T, targets), wide)
+    ratio = (ours.double() * truth).sum() / truth.square().sum()
+    assert ratio == pytest.approx(1, abs=2e-4)
+
+
 def test_small_gradients_survive_float16():
     """1 / tokens and the probability of a rare token multiply to less than float16 can hold: the loss scale must act
     before they are rounded, not after."""
