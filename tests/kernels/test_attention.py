@@ -250,6 +250,8 @@ def test_refuses_what_the_kernels_can_not_do():
         rotary_attention(qkv, cos, sin.T.contiguous().T)
     with pytest.raises(ValueError, match="on one device"):
         rotary_attention(qkv, cos.to("meta"), sin)
+    with pytest.raises(ValueError, match="interpreter can not multiply bfloat16"):
+        rotary_attention(qkv.bfloat16(), cos, sin)
 
 
 def test_the_table_of_launches_fits_the_kernels():
