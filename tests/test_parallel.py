@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import checkpoint
+import train
+from errors import UserError
 from model import SIZES, Pythia
 from parallel import RECOMPUTE, set_recompute
 
@@ -71,7 +73,7 @@ def assert_same_training(ours: Path, one_rank: Path) -> None:
 
 @pytest.mark.parametrize(
     ("world", "shard"),
-    [(2, "full"), (3, "grad"), pytest.param(4, "full", marks=pytest.mark.slow), (2, "none")],
+    [(2, "full"), *(pytest.param(*more, marks=pytest.mark.slow) for more in ((3, "full"), (4, "grad"), (2, "none")))],
 )
 def test_ranks_train_as_one_does(world, shard, ranks, one):
     done, several = ranks(world, "--shard", shard, "--micro-batch", 1, out=f"{world}-{shard}")
@@ -83,7 +85,7 @@ def test_ranks_train_as_one_does(world, shard, ranks, one):
 
 def test_a_run_changes_hands(ranks, one):
     """Stopped and resumed on other ranks, sharded in other ways, a run goes on as if nothing had happened."""
-    for world, shard, stop_at in ((2, "full", 3), (1, "auto", 5), (4, "grad", STEPS)):
+    for world, shard, stop_at in ((2, "full", 3), (3, "grad", STEPS)):
         done, several = ranks(world, "--shard", shard, "--stop-at", stop_at, out="several")
         assert done.returncode == 0, done.stderr
     assert_same_training(several, one)
@@ -99,11 +101,10 @@ def test_bfloat16_is_sharded_too(ranks):
         assert a["loss"] == pytest.approx(b["loss"], rel=5e-3)  # LayerNorms see weights rounded to bfloat16
 
 
-def test_ranks_that_do_not_divide_the_batch(ranks):
-    done, directory = ranks(5, out="refused")
-    assert done.returncode != 0
-    assert "--batch-size 12 does not divide among 5 ranks; 10 or 15 would" in done.stderr
-    assert not directory.exists()
+def test_ranks_that_do_not_divide_the_batch(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    with pytest.raises(UserError, match="--batch-size 12 does not divide among 5 ranks; 10 or 15 would"):
+        train.parse(["--size", "14m", "--batch-size", "12"])
 
 
 # In a process of its own, because a process group is for the life of one. TRITON_INTERPRET is set for it, not for us.
