@@ -76,12 +76,17 @@ class _RotatedHeads(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
-        batch, heads, seq, head_dim = dq.shape
-        d_qkv = dq.new_empty(batch, seq, heads, 3, head_dim)
-        for gradient, part in zip(d_qkv.permute(3, 0, 2, 1, 4), (rotate(dq, cos, -sin), rotate(dk, cos, -sin), dv)):
-            gradient.copy_(part)
-        return d_qkv, None, None
+        return _fused_gradient(dq, dk, dv, *ctx.saved_tensors), None, None
+
+
+def _fused_gradient(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The gradient of qkv [batch, seq, heads, 3, head_dim], from those of rotated queries and keys, and of values,
+    [batch, heads, seq, head_dim] each."""
+    batch, heads, seq, head_dim = dq.shape
+    d_qkv = dq.new_empty(batch, seq, heads, 3, head_dim)
+    for gradient, part in zip(d_qkv.permute(3, 0, 2, 1, 4), (rotate(dq, cos, -sin), rotate(dk, cos, -sin), dv)):
+        gradient.copy_(part)
+    return d_qkv
 
 
 SHORT = 512  # positions: up to this length attention on a CPU may keep its probabilities
@@ -149,12 +154,7 @@ def _short_attention_backward(
         dk[:, keys] += ds.mT @ q[:, rows]
         dv[:, keys] += p.mT @ d_rows
     dq *= head_dim**-0.5
-    gradients = gradients.view(3, batch, heads, seq, head_dim)
-    d_qkv = d_out.new_empty(batch, seq, heads, 3, head_dim)
-    d_parts = d_qkv.permute(3, 0, 2, 1, 4)
-    d_parts[:2] = rotate(gradients[:2], cos, -sin)
-    d_parts[2] = gradients[2]
-    return d_qkv
+    return _fused_gradient(*gradients.view(3, batch, heads, seq, head_dim), cos, sin)
 
 
 @_short_attention_backward.register_fake
