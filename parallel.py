@@ -11,7 +11,7 @@ rows of a batch; torch's FSDP2 averages their gradients, and gives every rank th
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 
@@ -40,6 +40,7 @@ class Ranks:
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
+    group: dist.ProcessGroup | None = None  # None: torch's default
 
     @property
     def first(self) -> bool:
@@ -53,7 +54,7 @@ class Ranks:
     def sum(self, x: Tensor) -> Tensor:
         """x, added up over all ranks, on every rank."""
         if self.world > 1:
-            dist.all_reduce(x)
+            dist.all_reduce(x, group=self.group)
         return x
 
     def any(self, condition: bool) -> bool:
@@ -65,13 +66,26 @@ class Ranks:
         if self.world == 1:
             return x[None]
         parts = [torch.empty_like(x) for _ in range(self.world)]
-        dist.all_gather(parts, x)
+        dist.all_gather(parts, x, self.group)
         return torch.stack(parts)
+
+    def texts(self, text: str) -> list[str]:
+        """The texts of all ranks, on every rank. (torch's gathering of objects would pickle them.)"""
+        mine = torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8)
+        lengths = self.gather(torch.tensor(len(mine))).tolist()
+        padded = torch.zeros(max(lengths), dtype=torch.uint8)
+        padded[: len(mine)] = mine
+        return [bytes(row[: n - 1].tolist()).decode() for row, n in zip(self.gather(padded), lengths)]
 
     def wait(self) -> None:
         """Go on when all ranks have come here."""
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(self.group)
+
+    def apart(self) -> "Ranks":
+        """The same ranks with a process group of their own, for the CPU tensors of another thread: what two threads
+        send in one group would mix. All ranks must call this."""
+        return replace(self, group=dist.new_group(backend="gloo")) if self.world > 1 else self
 
 
 def start_ranks() -> Ranks:
@@ -141,6 +155,16 @@ def local_rows(x: Tensor) -> slice:
     block = -(-len(x) // parts.size())
     start = min(parts.get_local_rank() * block, len(x))
     return slice(start, min(start + block, len(x)))
+
+
+def saved_rows(x: Tensor) -> slice:
+    """Which rows of x this rank writes into a checkpoint: of those that it holds, its share among the ranks that hold
+    the same."""
+    rows, copies = local_rows(x), _copies(x)
+    if copies == 1:
+        return rows
+    copy, n = x.device_mesh["copies"].get_local_rank(), rows.stop - rows.start
+    return slice(rows.start + n * copy // copies, rows.start + n * (copy + 1) // copies)
 
 
 def whole(x: Tensor) -> Tensor:
