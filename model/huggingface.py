@@ -1,16 +1,17 @@
 """Hugging Face directories of GPT-NeoX, both ways: config.json and safetensors that transformers opens as they are."""
 
+import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from shutil import copyfile
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from errors import UserError
@@ -33,6 +34,7 @@ _NAMES = {
 _BUFFERS = re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")
 _GELU = {"gelu": "none", "gelu_new": "tanh", "gelu_fast": "tanh", "gelu_pytorch_tanh": "tanh"}
 
+_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 SHARD_BYTES = 5_000_000_000  # of one safetensors file, as transformers 4 cuts them
 
 
@@ -89,15 +91,70 @@ def shard(sizes: dict[str, int], limit: int = SHARD_BYTES) -> list[list[str]]:
     return shards
 
 
-def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file, readable by whom the umask says. Raises OSError when it can not be written."""
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # which is no OSError, also when the disk is full
-        raise OSError(str(error)) from None
-    mask = os.umask(0)  # there is no other way to read it
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)  # safetensors makes its files readable to their owner only
+def write_tensors(
+    path: Path,
+    dtype: torch.dtype,
+    shapes: dict[str, tuple[int, ...]],
+    pieces: Callable[[str], Iterable[Tensor]],
+    notes: dict[str, str] | None = None,
+) -> dict:
+    """Write a safetensors file piece by piece, to the byte as the safetensors library would, and have it on the disk.
+
+    pieces(name) yields the values of a tensor, in order, as CPU tensors of `dtype`; no two are in memory at once. The
+    notes join the header's metadata. Returns the file's size and the sha256 of its header and of every tensor. Raises
+    OSError when the file can not be written.
+    """
+    layout, end = {"__metadata__": {"format": "pt", **(notes or {})}}, 0
+    for name in sorted(shapes):
+        begin, end = end, end + math.prod(shapes[name]) * dtype.itemsize
+        layout[name] = {"dtype": _DTYPES[dtype], "shape": list(shapes[name]), "data_offsets": [begin, end]}
+    text = json.dumps(layout, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    tensors = {}
+    with path.open("wb") as file:
+        file.write(header)
+        for name in sorted(shapes):
+            digest = hashlib.sha256()
+            for piece in pieces(name):
+                data = piece.contiguous().view(torch.uint8).numpy()
+                digest.update(data)
+                file.write(data)
+            tensors[name] = digest.hexdigest()
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": len(header) + end, "header_sha256": hashlib.sha256(header).hexdigest(), "tensors": tensors}
+
+
+def model_files(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, list[str]]:
+    """The safetensors files of a model, and the names of the tensors in each: one file, or shards of 5 GB."""
+    shards = shard({name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()})
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i + 1:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards)}
+
+
+def write_description(
+    directory: Path,
+    config: Config,
+    dtype: torch.dtype,
+    hidden_act: str,
+    tokenizer: Path | None,
+    files: dict[str, list[str]],
+) -> None:
+    """Write what stands beside the weights: config.json, the tokenizer, if given, and the index of several files."""
+    published = published_config(config, dtype, hidden_act)
+    (directory / "config.json").write_text(json.dumps(published, indent=2) + "\n")
+    if tokenizer is not None:
+        copyfile(tokenizer, directory / "tokenizer.json")
+        special = "<|endoftext|>"
+        names = {"bos_token": special, "eos_token": special, "unk_token": special}
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.seq_len, **names}
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    if len(files) > 1:
+        weight_map = {name: file for file, names in files.items() for name in names}
+        index = {"metadata": {"total_size": config.parameters * dtype.itemsize}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def save(
@@ -106,37 +163,21 @@ def save(
     dtype: torch.dtype = torch.float16,
     hidden_act: str = "gelu",
     tokenizer: Path | None = None,
-    whole: Callable[[Tensor], Tensor] = lambda parameter: parameter,
 ) -> None:
     """Write config.json, model.safetensors (in shards of 5 GB with an index when larger) and the tokenizer, if given.
 
     hidden_act is "gelu" as in the published files or "gelu_pytorch_tanh" as trained; it names what the reader should
-    compute and changes no weight. `whole` fetches a parameter of which only a shard is here. Raises OSError when the
-    directory can not be written.
+    compute and changes no weight. Raises OSError when the directory can not be written.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    config = published_config(model.config, dtype, hidden_act)
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if tokenizer is not None:
-        copyfile(tokenizer, directory / "tokenizer.json")
-        special = "<|endoftext|>"
-        names = {"bos_token": special, "eos_token": special, "unk_token": special}
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.seq_len, **names}
-        (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-
     parameters = {huggingface_name(name): p.detach() for name, p in model.named_parameters()}
-    sizes = {name: p.numel() * dtype.itemsize for name, p in parameters.items()}
-    shards = shard(sizes)
-    files = ["model.safetensors"]
-    if len(shards) > 1:
-        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        weight_map = {name: file for file, names in zip(files, shards) for name in names}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    for file, names in zip(files, shards):  # one shard at a time is cast, so memory does not double
-        tensors = {name: whole(parameters[name]).to("cpu", dtype).contiguous() for name in names}
-        write_tensors(tensors, directory / file)
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    files = model_files(shapes, dtype)
+    write_description(directory, model.config, dtype, hidden_act, tokenizer, files)
+    for file, names in files.items():
+        held = {name: shapes[name] for name in names}
+        write_tensors(directory / file, dtype, held, lambda name: [parameters[name].to("cpu", dtype)])
 
 
 def read_config(directory: Path | str) -> Config:
