@@ -143,17 +143,20 @@ def drop_state(directory: Path) -> None:
 
 
 def clean_up(run: Path) -> None:
-    """Remove what a save that was killed has left behind."""
-    for old in run.glob(".step*.old.tmp"):  # killed between the two renames of a step that was saved again
-        if not (final := run / old.name[1:].removesuffix(".old.tmp")).exists():
-            old.rename(final)
-    for leftover in run.glob(".step*.tmp"):
-        shutil.rmtree(leftover)
-    for leftover in run.glob("step*/.manifest.json.tmp"):
-        leftover.unlink()
-    for step in sorted(set(saved_steps(run)) - set(steps_with_state(run))):  # killed while dropping its state
-        if (state := run / f"step{step}" / "state").is_dir():
-            shutil.rmtree(state)
+    """Remove what a save that was killed has left behind. Raises UserError when it can not be removed."""
+    try:
+        for old in run.glob(".step*.old.tmp"):  # killed between the two renames of a step that was saved again
+            if not (final := run / old.name[1:].removesuffix(".old.tmp")).exists():
+                old.rename(final)
+        for leftover in run.glob(".step*.tmp"):
+            shutil.rmtree(leftover)
+        for leftover in run.glob("step*/.manifest.json.tmp"):
+            leftover.unlink()
+        for step in sorted(set(saved_steps(run)) - set(steps_with_state(run))):  # killed while dropping its state
+            if (state := run / f"step{step}" / "state").is_dir():
+                shutil.rmtree(state)
+    except OSError as error:
+        raise UserError(f"{run}: what a killed save has left behind can not be removed ({error})") from None
 
 
 # Checksums

@@ -46,6 +46,7 @@ class Saver:
     """Writes the checkpoints of a run, one at a time, behind its back. All ranks make one and call it alike.
 
     dtype and hidden_act are those of the Hugging Face files. Of the resumable states the `keep_state` newest are kept.
+    at(step, doing) is told, from the thread, whenever a stage begins: the same on all ranks.
     """
 
     def __init__(
@@ -58,10 +59,11 @@ class Saver:
         hidden_act: str = "gelu",
         tokenizer: Path | None = None,
         keep_state: int = 2,
+        at: Callable[[int, str], None] = lambda step, doing: None,
     ):
         self.run, self.config, self.optimizer = run, model.config, optimizer
         self.dtype, self.hidden_act, self.tokenizer, self.keep_state = dtype, hidden_act, tokenizer, keep_state
-        self.ranks = ranks.apart()
+        self.ranks, self.at = ranks.apart(), at
         self.parameters = dict(model.named_parameters())
         self.rows = {name: saved_rows(p) for name, p in self.parameters.items()}
         self.snapshot: dict[str, Tensor] = {}  # host memory for what this rank writes
@@ -95,10 +97,14 @@ class Saver:
         """Why an earlier checkpoint could not be saved, in one line. Never waits."""
         return None if self.error is None else str(self.error).partition("\n")[0]
 
-    def finish(self) -> None:
-        """Wait for what is being written. Raises UserError when it, or an earlier one, could not be saved."""
+    def wait(self) -> None:
+        """Wait for what is being written."""
         if self.thread:
             self.thread.join()
+
+    def finish(self) -> None:
+        """Wait for what is being written. Raises UserError when it, or an earlier one, could not be saved."""
+        self.wait()
         if self.error:
             raise self.error
 
@@ -157,15 +163,20 @@ class Saver:
         final, temporary = self.run / f"step{step}", self.run / f".step{step}.tmp"
         failed = f"{final} could not be saved, earlier checkpoints are whole"
         try:
+            self.at(step, "copying weights and moments")
             self._together(failed, lambda: self._begin(final, temporary, tensors))
+            self.at(step, "writing weights and moments")
             files = self._together(failed, lambda: self._write_part(temporary))
+            self.at(step, "writing the model")
             files |= self._together(failed, lambda: self._write_model(temporary, files))
+            self.at(step, "completing the checkpoint")
             self._together(failed, lambda: self._publish(final, temporary, step, counters, files))
         except UserError:
             if self.ranks.first:
                 _give_up(final, temporary)
             raise
         self.ranks.print(f"saved {final}")
+        self.at(step, "dropping older state")
         self._together(f"{final} is saved, but older state can not be removed", lambda: self._drop_old_state(step))
 
     def _together(self, complaint: str, do: Callable[[], dict | None]) -> dict:
