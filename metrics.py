@@ -1,11 +1,13 @@
-"""What a run tells while it goes: metrics.jsonl, the progress bar, TensorBoard and Weights & Biases."""
+"""What a run tells while it goes: metrics.jsonl, the progress bar, TensorBoard, Weights & Biases, a profile."""
 
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from errors import UserError
@@ -93,3 +95,47 @@ def open_logger(name: str, run: Path, settings: dict) -> Callable[[dict], None]:
         raise UserError("--log wandb needs `pip install wandb`") from None
     wandb.init(project="tripod", name=run.name, id=run.name, dir=run, config=settings, resume="allow")
     return lambda record: wandb.log(scalars(record), step=record["step"])
+
+
+class Laps:
+    """Where the seconds of a step go, on the device's own clock: a GPU works behind the host, which need not wait."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+
+    def start(self) -> None:
+        self.marks = []
+        self.mark()
+
+    def mark(self) -> None:
+        """A lap ends here, and the next one starts."""
+        if self.cuda:
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+        else:
+            self.marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Of every lap. To be asked after the device was waited for."""
+        pairs = zip(self.marks, self.marks[1:])
+        return [a.elapsed_time(b) / 1000 if self.cuda else b - a for a, b in pairs]
+
+
+@contextmanager
+def profiler(run: Path, start: int, steps: int, rank: int) -> Iterator[Callable[[], None]]:
+    """A function to call after every step, from `start` on: RUN/profile gets a trace of `steps` steps, the first two
+    left out, for chrome://tracing or https://ui.perfetto.dev. No steps: no trace."""
+    if not steps:
+        yield lambda: None
+        return
+
+    def write(profile: torch.profiler.profile) -> None:
+        path = run / "profile" / f"step{start + 2}-rank{rank}.json"
+        path.parent.mkdir(exist_ok=True)
+        profile.export_chrome_trace(str(path))
+        if rank == 0:
+            tqdm.write(f"profile of {steps} steps: {path}")
+
+    schedule = torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1)
+    with torch.profiler.profile(schedule=schedule, on_trace_ready=write) as profile:
+        yield profile.step

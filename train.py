@@ -17,9 +17,10 @@ import platform
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,24 +33,25 @@ import data
 import plan
 from errors import Parser, UserError, run_command
 from kernels import backend
-from metrics import LOGGERS, Metrics
+from lock import lock
+from metrics import LOGGERS, Laps, Metrics, profiler
 from model import SIZES, Config, Pythia
 from model.huggingface import load, read_config
 from parallel import (
     RECOMPUTE,
     SHARD,
+    Gradients,
     Ranks,
     end_ranks,
     init_weights,
     local,
     local_rows,
-    resolve_shard,
     set_recompute,
     shard_weights,
-    squared_norm,
     start_ranks,
-    sync_gradients,
 )
+from saving import Saver
+from watchdog import Watchdog
 
 # Settings
 
@@ -85,8 +87,12 @@ class Settings:
         "", "of products and activations (default: bf16 on a GPU, else fp32)", choices=["bf16", "fp16", "fp32"]
     )
     shard: str = setting(
-        "auto", "what the ranks divide among them: everything, gradients and moments, or nothing", False, choices=SHARD
+        "auto",
+        "what ranks divide: all (full), all within a node (hybrid), gradients and moments (grad), nothing (none)",
+        False,
+        choices=SHARD,
     )
+    bitwise: bool = setting(False, "the same bits on 1, 2, 4, 8 ... ranks, for more traffic between them")
     recompute: str = setting(
         "none", "activations to compute again in the backward pass, to save memory", fixed=False, choices=RECOMPUTE
     )
@@ -104,6 +110,10 @@ class Settings:
         choices=["published", "trained"],
     )
     keep_state: int = setting(2, "how many of the newest checkpoints can be resumed from", fixed=False)
+    timeout: float = setting(
+        1800.0, "seconds without progress until a rank that hangs is named and the run ends", False
+    )
+    profile: int = setting(0, "write a torch trace of this many steps, of every rank, to RUN/profile", False)
     log: str = setting("", "also log to tensorboard, wandb, or both (tensorboard,wandb)", fixed=False)
 
 
@@ -127,10 +137,15 @@ def parse(arguments: list[str]) -> Settings:
     s.lr = s.lr or SIZES[s.size].lr
     s.precision = s.precision or ("bf16" if torch.cuda.is_available() or s.plan else "fp32")
     world = int(os.environ.get("WORLD_SIZE", 1))
-    s.micro_batch = s.micro_batch or math.gcd(8, max(s.batch_size // world, 1))
-    for name in ("steps", "batch_size", "micro_batch", "seq_len", "keep_state", "lr"):
+    share = s.batch_size if s.bitwise else s.batch_size // world  # to the bit, micro-batches must be the same anywhere
+    s.micro_batch = s.micro_batch or math.gcd(8, max(share, 1))
+    for name in ("steps", "batch_size", "micro_batch", "seq_len", "keep_state", "lr", "timeout"):
         if not getattr(s, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(s, name)}")
+    if s.profile < 0:
+        raise UserError(f"--profile {s.profile} is no number of steps")
+    if s.bitwise and s.shard in ("none", "hybrid"):
+        raise UserError(f"--bitwise divides weights among all ranks: use --shard auto, grad or full, not {s.shard}")
     if not 0 <= s.stop_at <= s.steps:
         raise UserError(f"--stop-at {s.stop_at} lies outside the {s.steps} steps of the run")
     if unknown := set(filter(None, s.log.split(","))) - set(LOGGERS):
@@ -207,32 +222,32 @@ def clip(parameters: list[Tensor], norm: float, scale: float = 1.0) -> None:
 
 
 def train(s: Settings) -> None:
-    ranks = start_ranks()
+    ranks, finished = start_ranks(s.bitwise), False
     try:
-        run_steps(s, ranks)
+        with ExitStack() as resources:
+            run_steps(s, ranks, resources)
+        finished = True
+    except UserError as error:
+        if not ranks.says(str(error)):
+            raise SystemExit(1) from None
+        raise
     finally:
-        end_ranks()
+        end_ranks(ranks, together=finished)
 
 
-def run_steps(s: Settings, ranks: Ranks) -> None:
+def run_steps(s: Settings, ranks: Ranks, resources: ExitStack) -> None:
+    """Train. What must be closed at the end, also after an error, goes into `resources`."""
     config, device = replace(SIZES[s.size], gelu=s.gelu), ranks.device
-    if not ranks.first:
-        ranks.wait()  # until the first has computed the order of the data, and left it for all
-    rows = data.open_rows(s.data, data.requested_samples(s.steps, s.batch_size), s.seq_len, s.seed)
-    if ranks.first:
-        ranks.wait()
+    open_rows = partial(data.open_rows, s.data, data.requested_samples(s.steps, s.batch_size), s.seq_len, s.seed)
+    rows = ranks.first_does(open_rows) or open_rows()  # the first leaves the order of the data for all
     if s.steps * s.batch_size > len(rows):
         raise UserError(
             f"--steps {s.steps} needs {s.steps * s.batch_size} rows, {s.data} has {len(rows)}: lower --steps"
         )
     run, facts = Path(s.out), data.data_facts(rows)
-    check_run(run, s, facts)
-    ranks.wait()
-    if ranks.first:
-        checkpoint.clean_up(run)
-    ranks.wait()
-    resumable = checkpoint.steps_with_state(run)
-    start, last = (resumable[-1] if resumable else 0), s.stop_at or s.steps
+    ranks.first_does(partial(enter_run, run, s, facts, resources))
+    resumed = checkpoint.restorable(run, ranks)
+    start, last = resumed or 0, s.stop_at or s.steps
     if start >= last:
         made = f"is finished: it has made all {s.steps} steps" if start == s.steps else f"is at step {start}"
         ranks.print(f"{run} {made}")
@@ -240,7 +255,7 @@ def run_steps(s: Settings, ranks: Ranks) -> None:
     share = s.batch_size, s.micro_batch, ranks.rank, ranks.world
     data.check_vocab(data.batch(rows, start, *share), config.vocab, start, ranks.rank, ranks.world)
 
-    model = initial_model(s, config, ranks)
+    model, gradients = initial_model(s, config, ranks)
     set_recompute(model, s.recompute)
     if s.compile:
         for block in model.blocks:
@@ -248,88 +263,106 @@ def run_steps(s: Settings, ranks: Ranks) -> None:
     optimizer, parameters = make_optimizer(model, s.lr), list(model.parameters())
     scaler = LossScaler() if s.precision == "fp16" else None
     updates = 0  # successful ones: what the learning rate depends on
-    if resumable:
-        counters = checkpoint.restore(run / f"step{start}", model, optimizer)
+    if resumed is not None:
+        counters = checkpoint.restore(run / f"step{start}", model, optimizer, ranks, verified=True)
         updates = counters["updates"]
         if scaler:
             vars(scaler).update(counters["scaler"])
 
-    def save(step: int) -> None:
-        counters = {"updates": updates, "scaler": scaler and vars(scaler)}
-        hidden_act = "gelu_pytorch_tanh" if (s.export_gelu, s.gelu) == ("trained", "tanh") else "gelu"
-        tokenizer = data.find_tokenizer(s.data)
-        args = (model, optimizer, counters, model.compute_dtype, hidden_act, tokenizer, s.keep_state)
-        ranks.print(f"saved {checkpoint.save(run, step, *args, first=ranks.first)}")
-        ranks.wait()
-
-    if ranks.first:
-        record_start(run, s, facts, start, ranks)
+    ranks.first_does(partial(record_start, run, s, facts, start, ranks))
     ranks.print(
         f"{run}: {config.parameters:,} parameters on {ranks.world} x {device.type}, {s.precision}; step {start} to "
         f"{last} of {s.steps}, each {s.batch_size} rows of {s.seq_len} tokens"
     )
-    stop = StopSignal()
+    stop, laps = StopSignal(), Laps(device)
     tokens_per_step, peak = s.batch_size * s.seq_len, plan.peak_flops(device)
+    hidden_act = "gelu_pytorch_tanh" if (s.export_gelu, s.gelu) == ("trained", "tanh") else "gelu"
     loggers = list(filter(None, s.log.split(",")))
-    with Metrics(run, start, s.steps, loggers, asdict(s)) if ranks.first else nullcontext() as metrics:
-        if not resumable:
-            save(0)
-        for step in range(start, last):
-            began = time.perf_counter()
-            batch = data.batch(rows, step, *share)  # [micro_steps, micro_batch, seq_len + 1]: this rank's rows
-            data.check_vocab(batch, config.vocab, step, ranks.rank, ranks.world)
-            scale = scaler.scale if scaler else 1.0
-            loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-            for i, micro_batch in enumerate(batch):
-                sync_gradients(model, i + 1 == len(batch), ranks)
-                tokens = torch.from_numpy(micro_batch.astype(np.int64)).to(device)
-                loss = model(tokens[:, :-1], tokens[:, 1:])
-                (loss * (scale / len(batch))).backward()
-                loss_sum += loss.detach()
-            sums = ranks.sum(torch.stack((loss_sum, squared_norm(parameters))))
-            loss, squares = sums.tolist()  # the one host sync of the step
-            loss, norm = loss / (len(batch) * ranks.world), math.sqrt(squares) / scale
+    metrics = ranks.first_does(lambda: resources.enter_context(Metrics(run, start, s.steps, loggers, asdict(s))))
+    profiled = resources.enter_context(profiler(run, start, s.profile, ranks.rank))
+    watchdog = resources.enter_context(Watchdog(ranks, s.timeout))
+    form = model.compute_dtype, hidden_act, data.find_tokenizer(s.data)  # of the checkpoints
+    saver = Saver(run, model, optimizer, ranks, *form, s.keep_state, at=watchdog.at)
+    resources.callback(saver.wait)
+    if resumed is None:
+        saver.save(0, {"updates": 0, "scaler": scaler and vars(scaler)})
 
-            overflow = scaler is not None and not math.isfinite(norm)
-            if not overflow and not math.isfinite(loss + norm):
-                first, good = step * s.batch_size, checkpoint.steps_with_state(run)[-1]
-                raise UserError(
-                    f"step {step}, rows {first} to {first + s.batch_size - 1}: loss {loss}, gradient norm {norm}; "
-                    f"stopped before the update, the last good checkpoint is {run}/step{good}"
-                )
-            lr = learning_rate(s, updates)
-            if not overflow:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                clip(parameters, norm, scale)
-                optimizer.step()
-                updates += 1
-            optimizer.zero_grad()
-            if scaler:
-                scaler.update(overflow)
-                if scaler.overflows == 50:  # as DeepSpeed
-                    raise UserError(f"50 steps in a row overflowed float16, up to step {step}: try --precision bf16")
+    for step in range(start, last):
+        watchdog.at(step, "reading rows")
+        began = time.perf_counter()
+        laps.start()
+        batch = data.batch(rows, step, *share)  # [micro_steps, micro_batch, seq_len + 1]: this rank's rows
+        data.check_vocab(batch, config.vocab, step, ranks.rank, ranks.world)
+        laps.mark()
 
-            seconds = time.perf_counter() - began
-            digests = ranks.gather(torch.from_numpy(data.row_digests(batch)))  # [world, micro_steps, micro_batch, 32]
-            if metrics:
-                metrics.record(
-                    step=step,
-                    loss=loss,
-                    lr=lr,
-                    grad_norm=norm,
-                    tokens=(step + 1) * tokens_per_step,
-                    tokens_per_s=tokens_per_step / seconds,
-                    mfu=peak and tokens_per_step / seconds * config.flops_per_token(s.seq_len) / (peak * ranks.world),
-                    seconds=seconds,
-                    loss_scale=scale,
-                    batch_sha256=data.digest(digests.transpose(0, 1).numpy()),
-                )
-            stopping = ranks.any(stop.requested)
-            if checkpoint.is_published_step(step + 1, last) or stopping:
-                save(step + 1)
-            if stopping:
-                break
+        watchdog.at(step, "forward and backward")
+        scale = scaler.scale if scaler else 1.0
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        for i, micro_batch in enumerate(batch, start=1):
+            gradients.travel(last=i == len(batch))
+            tokens = torch.from_numpy(micro_batch.astype(np.int64)).to(device)
+            loss = model(tokens[:, :-1], tokens[:, 1:])
+            if i == len(batch):
+                laps.mark()
+            (loss * (scale / (len(batch) * ranks.world))).backward()
+            gradients.add(last=i == len(batch))
+            loss_sum += loss.detach()
+        watchdog.at(step, "exchanging gradients")
+        sums = ranks.sum(torch.stack((loss_sum, gradients.squared_norm())))
+        loss, squares = sums.tolist()  # the one host sync of the step
+        loss, norm = loss / (len(batch) * ranks.world), math.sqrt(squares) / scale
+
+        overflow = scaler is not None and not math.isfinite(norm)
+        if not overflow and not math.isfinite(loss + norm):
+            saver.finish()
+            first, good = step * s.batch_size, checkpoint.steps_with_state(run)[-1]
+            raise UserError(
+                f"step {step}, rows {first} to {first + s.batch_size - 1}: loss {loss}, gradient norm {norm}; "
+                f"stopped before the update, the last good checkpoint is {run}/step{good}"
+            )
+        watchdog.at(step, "updating weights")
+        lr = learning_rate(s, updates)
+        if not overflow:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            clip(parameters, norm, scale)
+            saver.before_update()
+            optimizer.step()
+            updates += 1
+        optimizer.zero_grad()
+        if scaler:
+            scaler.update(overflow)
+            if scaler.overflows == 50:  # as DeepSpeed
+                raise UserError(f"50 steps in a row overflowed float16, up to step {step}: try --precision bf16")
+
+        seconds = time.perf_counter() - began
+        report = [stop.requested, saver.failure is not None, *laps.seconds()]
+        stopping, failed, data_seconds, compute_seconds = ranks.gather(torch.tensor(report)).T  # [ranks] each
+        digests = ranks.gather(torch.from_numpy(data.row_digests(batch)))  # [ranks, micro_steps, micro_batch, 32]
+        if metrics:
+            metrics.record(
+                step=step,
+                loss=loss,
+                lr=lr,
+                grad_norm=norm,
+                tokens=(step + 1) * tokens_per_step,
+                tokens_per_s=tokens_per_step / seconds,
+                mfu=peak and tokens_per_step / seconds * config.flops_per_token(s.seq_len) / (peak * ranks.world),
+                seconds=seconds,
+                data_seconds=[round(t, 6) for t in data_seconds.tolist()],
+                compute_seconds=[round(t, 6) for t in compute_seconds.tolist()],
+                loss_scale=scale,
+                batch_sha256=data.digest(digests.transpose(0, 1).numpy()),
+            )
+        profiled()
+        if failed.any():
+            saver.finish()  # raises what went wrong
+        if checkpoint.is_published_step(step + 1, last) or stopping.any():
+            watchdog.at(step, "saving")
+            saver.save(step + 1, {"updates": updates, "scaler": scaler and vars(scaler)})
+        if stopping.any():
+            break
+    saver.finish()
     if step + 1 == s.steps:
         ranks.print(f"finished. Try: python generate.py --checkpoint {run}/step{step + 1} --prompt 'def '")
     else:
@@ -337,7 +370,7 @@ def run_steps(s: Settings, ranks: Ranks) -> None:
         ranks.print(f"paused at step {step + 1} of {s.steps}; {goes_on}")
 
 
-def initial_model(s: Settings, config: Config, ranks: Ranks) -> Pythia:
+def initial_model(s: Settings, config: Config, ranks: Ranks) -> tuple[Pythia, Gradients]:
     """The model before its first step, sharded: random as published, or from --init-from.
 
     It is built without memory, so that no rank ever holds more than its part of the random weights.
@@ -351,24 +384,44 @@ def initial_model(s: Settings, config: Config, ranks: Ranks) -> Pythia:
     with torch.device("meta"):
         model = Pythia(config)
     model.compute_dtype = dtype
-    shard_weights(model, resolve_shard(s.shard, config, ranks.device), ranks, dtype)
+    shard = s.shard
+    if shard == "auto":
+        shard = "grad" if s.bitwise else "none"
+    shard_weights(model, shard, ranks, dtype)
     model.to_empty(device=ranks.device)
-    if not s.init_from:
+    if s.init_from:
+        weights = dict(load(s.init_from).named_parameters())
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                local(p).copy_(weights[name][local_rows(p)])
+    else:
         init_weights(model, s.seed)
-        return model
-    weights = dict(load(s.init_from).named_parameters())
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            local(p).copy_(weights[name][local_rows(p)])
-    return model
+    return model, Gradients(model, ranks, shard, bitwise=s.bitwise)
+
+
+def enter_run(run: Path, s: Settings, facts: dict, resources: ExitStack) -> None:
+    """Lock the run directory, refuse one that holds something else, and remove what a killed save has left."""
+    check_directory(run)
+    resources.enter_context(lock(run))
+    check_run(run, s, facts)
+    checkpoint.clean_up(run)
+
+
+def check_directory(run: Path) -> None:
+    """Refuse a directory that is no run: nothing is written into it."""
+    lonely = {"run.json", ".lock"}
+    if (
+        run.exists()
+        and not (run / "run.json").exists()
+        and (not run.is_dir() or {p.name for p in run.iterdir()} - lonely)
+    ):
+        raise UserError(f"{run} exists and is no run directory: choose another --out")
 
 
 def check_run(run: Path, s: Settings, facts: dict) -> None:
-    """Refuse a run directory that holds something else: another run, other data, or files that are no run."""
+    """Refuse a run directory that holds another run, or one on other data."""
     path = run / "run.json"
     if not path.exists():
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
-            raise UserError(f"{run} exists and is no run directory: choose another --out")
         return
     try:
         stored = json.loads(path.read_text())
@@ -378,7 +431,8 @@ def check_run(run: Path, s: Settings, facts: dict) -> None:
     differing = [
         f"--{f.name.replace('_', '-')} ({settings.get(f.name)} there, {getattr(s, f.name)} here)"
         for f in fields(Settings)
-        if f.metadata["fixed"] and settings.get(f.name) != getattr(s, f.name)
+        if (f.metadata["fixed"] or (s.bitwise and f.name == "micro_batch"))
+        and settings.get(f.name) != getattr(s, f.name)
     ]
     if order != facts["order_sha256"]:
         differing.append(f"the order of the data (sha256 {order[:12]}… there, {facts['order_sha256'][:12]}… here)")
