@@ -34,7 +34,7 @@ from parallel import Ranks, local, local_rows
 
 FORMAT = 2
 MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names of Adam's first and second moment
-PIECE = 2**24  # bytes that are read, or written, at a time
+PIECE = 2**22  # bytes that are read, or written, at a time
 MOST_HEADER = 10**8  # bytes of the header of a safetensors file, as the library has it
 COUNTERS = "state/counters.json"
 
@@ -306,19 +306,21 @@ def find_rows(parts: list[Path], shapes: dict[str, tuple[int, ...]]) -> dict[str
 
 
 def read_rows(stored: list[Stored], wanted: slice) -> Iterator[tuple[int, Tensor]]:
-    """The wanted rows, in pieces: the number of the first and their values, float32 [rows, ..] on the CPU."""
+    """The wanted rows, in pieces: the number of the first and their values, float32 [rows, ..] on the CPU. Each piece
+    takes the memory of the one before."""
     for s in stored:
-        row_bytes = 4 * math.prod(s.shape[1:])
-        start, stop, step = max(s.first, wanted.start), min(s.last, wanted.stop), max(PIECE // row_bytes, 1)
-        if start >= stop:
+        first, last, row_bytes = max(s.first, wanted.start), min(s.last, wanted.stop), 4 * math.prod(s.shape[1:])
+        if first >= last:
             continue
+        memory = torch.empty(min(max(PIECE // row_bytes, 1), last - first), *s.shape[1:])
         with s.path.open("rb") as file:
-            file.seek(s.offset + (start - s.first) * row_bytes)
-            for first in range(start, stop, step):
-                values = torch.empty(min(step, stop - first), *s.shape[1:])
+            file.seek(s.offset + (first - s.first) * row_bytes)
+            while first < last:
+                values = memory[: last - first]
                 if file.readinto(values.view(torch.uint8).numpy()) < values.nbytes:
                     raise OSError(f"{s.path} is shorter than it was")
                 yield first, values
+                first += len(values)
 
 
 # Resuming

@@ -122,17 +122,20 @@ class Trainee:
         return found
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A run with whole checkpoints of steps 1 and 2, with tokenizer, of two parts each. Tests work on copies."""
-    run = tmp_path_factory.mktemp("saved") / "run"
-    run.mkdir()
-    byte_tokenizer().save(str(run.parent / "tokenizer.json"))
+def two_checkpoints(folder):
+    """A run with whole checkpoints of steps 1 and 2, with tokenizer, of two parts each."""
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
     trainee = Trainee()
     for step in (1, 2):
         trainee.train(step - 1, step)
-        trainee.save(run, step, world=2, tokenizer=run.parent / "tokenizer.json")
-    return run
+        trainee.save(folder / "run", step, world=2, tokenizer=folder / "tokenizer.json")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Tests work on copies."""
+    return two_checkpoints(tmp_path_factory.mktemp("saved"))
 
 
 @pytest.fixture

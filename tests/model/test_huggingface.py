@@ -1,6 +1,7 @@
 """Hugging Face directories: what we write opens in transformers 4 and 5, what they and others wrote opens here, and
 whatever else a directory may hold is one line."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -20,7 +21,7 @@ from tokenizers import Tokenizer
 
 from errors import UserError
 from model import SIZES, Pythia, huggingface
-from model.huggingface import huggingface_name, load, read_config, save
+from model.huggingface import huggingface_name, load, read_config, save, write_tensors
 from prepare import byte_tokenizer
 
 TINY = replace(SIZES["14m"], vocab=384, layers=2)
@@ -167,6 +168,33 @@ def test_storage(tmp_path, tiny, dtype):
     automatic = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert automatic.dtype == dtype
     same_weights(load(tmp_path, torch.float64).float(), tiny, dtype)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_files_are_those_of_the_library(tmp_path, dtype):
+    """To the byte, whatever the pieces; and what is told about a file is its checksum."""
+    generator = torch.Generator().manual_seed(0)
+    names = {"b": (5, 3), "a.weight": (7,), 'ä "quoted"': (2, 2, 2), "c": (1, 64), "B": (4,)}
+    tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in names.items()}
+    tensors["c"][0, :3] = torch.tensor([float("nan"), -0.0, float("inf")])
+    entry = write_tensors(tmp_path / "ours", dtype, names, lambda name: tensors[name].split(2), {"note": "ü"})
+    header = (tmp_path / "ours").read_bytes()
+    header = header[: 8 + int.from_bytes(header[:8], "little")]
+    assert json.loads(header[8:])["__metadata__"] == {"format": "pt", "note": "ü"}
+    assert entry == {
+        "bytes": (tmp_path / "ours").stat().st_size,
+        "header_sha256": hashlib.sha256(header).hexdigest(),
+        "tensors": {
+            name: hashlib.sha256(t.view(torch.uint8).numpy().tobytes()).hexdigest() for name, t in tensors.items()
+        },
+    }
+    read = load_file(tmp_path / "ours")
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name].view(torch.uint8), t.view(torch.uint8)) for name, t in tensors.items())
+
+    write_tensors(tmp_path / "ours", dtype, names, lambda name: [tensors[name]])
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 def test_loaded_weights_do_not_depend_on_the_file(tmp_path, tiny):

@@ -1,0 +1,785 @@
+"""Saving behind the back of training: what is saved is what was there at the call; disks fail, processes are killed at
+every write, and what is visible stays whole."""
+
+import errno
+import json
+import os
+import random
+import resource
+import shutil
+import stat
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from threading import BrokenBarrierError, Event, Thread
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from test_checkpoint import COUNTERS, MANIFEST, MICRO, MODEL, TINY, Trainee, two_checkpoints
+
+import checkpoint
+import saving
+from checkpoint import clean_up, problems, restorable, saved_steps, steps_with_state
+from errors import UserError
+from model import huggingface
+from parallel import Ranks
+from saving import Saver
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small models are faster so, most of all on a busy machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Tests work on copies."""
+    return two_checkpoints(tmp_path_factory.mktemp("saved"))
+
+
+@pytest.fixture
+def run(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "run")
+
+
+def temporaries(run):
+    return [path for path in run.rglob("*") if path.name.startswith(".") or "tmp" in path.name]
+
+
+def restored(directory):
+    """Every bit of what is saved there."""
+    trainee = Trainee(seed=1)
+    trainee.restore(directory)
+    return trainee.bits()
+
+
+# What is written
+
+
+def test_model_files_of_many_shards(tmp_path, monkeypatch):
+    """A small limit cuts the model into many files, which two ranks share; what is read back does not depend on it."""
+    original, limit = Trainee(steps=2), 4000
+    monkeypatch.setattr(huggingface.shard, "__defaults__", (limit,))
+    directory = original.save(tmp_path, 2, torch.float32, world=2)
+    monkeypatch.undo()
+    files = sorted(directory.glob("model-*.safetensors"))
+    assert len(files) > 3
+    for i, file in enumerate(files):
+        assert file.name.endswith(f"-{i + 1:05}-of-{len(files):05}.safetensors")
+        tensors = load_file(file)
+        assert len(tensors) == 1 or sum(4 * t.numel() for t in tensors.values()) <= limit
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    assert not (directory / MODEL).exists()
+    assert index["metadata"]["total_size"] == 4 * MICRO.parameters
+    assert index["weight_map"] == {name: file.name for file in files for name in load_file(file)}
+    assert problems(directory) == []
+
+    theirs = transformers.GPTNeoXForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    ours = {huggingface.huggingface_name(name): p for name, p in original.model.named_parameters()}
+    found = {name.replace("lm_head", "embed_out"): p for name, p in theirs.named_parameters()}
+    assert found.keys() == ours.keys()
+    assert all(torch.equal(found[name], p) for name, p in ours.items())
+    assert restored(directory) == original.bits()
+    again = original.save(tmp_path, 2, torch.float32)  # under the usual limit, and over the old shards
+    assert [path.name for path in sorted(again.rglob("*.safetensors"))] == [MODEL, "part-00001-of-00001.safetensors"]
+    assert restored(again) == original.bits()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_checkpoints_hold_what_an_export_holds(tmp_path, dtype):
+    """The files are the same to the byte, however many ranks wrote them."""
+    trainee = Trainee(TINY, steps=2)
+    huggingface.save(trainee.model, tmp_path / "export", dtype)
+    for world in (1, 2):
+        directory = trainee.save(tmp_path / f"{world}", 2, dtype, world)
+        for name in (MODEL, "config.json"):
+            assert (directory / name).read_bytes() == (tmp_path / "export" / name).read_bytes()
+
+
+def test_pieces(tmp_path, monkeypatch):
+    """Tensors that are cut into many pieces, and rows that are larger than a piece, are what they were."""
+    trainee = Trainee(steps=2)
+    expected = trainee.save(tmp_path / "whole", 2, world=2)
+    for size in (1, 100, 1000):
+        monkeypatch.setattr(saving, "PIECE", size)
+        monkeypatch.setattr(checkpoint, "PIECE", size)
+        directory = trainee.save(tmp_path / f"{size}", 2, world=2)
+        assert (directory / MANIFEST).read_bytes() == (expected / MANIFEST).read_bytes()
+        assert restored(directory) == trainee.bits()
+
+
+def test_saving_a_step_again_replaces_it_whole(run):
+    newer = Trainee(steps=7, seed=3)
+    newer.save(run, 2)  # without tokenizer: nothing of the old directory may stay
+    files = sorted(path.relative_to(run / "step2").as_posix() for path in (run / "step2").rglob("*") if path.is_file())
+    part = "state/part-00001-of-00001.safetensors"
+    assert files == sorted(["config.json", MANIFEST, MODEL, "state/counters.json", part])
+    assert restored(run / "step2") == newer.bits()
+    assert problems(run / "step1") == []
+    assert temporaries(run) == []
+
+
+def test_only_the_newest_keep_their_state(tmp_path):
+    trainee = Trainee()
+    for step in range(1, 6):
+        trainee.train(step - 1, step)
+        trainee.save(tmp_path, step, keep_state=2)
+        assert saved_steps(tmp_path) == list(range(1, step + 1))
+        assert steps_with_state(tmp_path) == list(range(max(1, step - 1), step + 1))
+    for step in range(1, 6):
+        assert problems(tmp_path / f"step{step}") == []
+        assert ((tmp_path / f"step{step}" / "state").exists()) == (step >= 4)
+        weights = load_file(tmp_path / f"step{step}" / MODEL)["gpt_neox.embed_in.weight"]
+        assert torch.equal(weights, Trainee(steps=step).model.embed.half())
+    with pytest.raises(UserError, match="state"):
+        Trainee().restore(tmp_path / "step1")
+    assert temporaries(tmp_path) == []
+
+
+def test_neither_the_future_nor_the_damaged_push_out_a_whole_one(tmp_path):
+    """A run that went back behind damaged checkpoints saves steps that it has saved before, in another life."""
+    trainee = Trainee()
+    for step in (4, 5, 8, 16, 32):
+        trainee.save(tmp_path, step, keep_state=9)
+    (tmp_path / "step5" / MANIFEST).write_text("")
+    trainee.save(tmp_path, 6, keep_state=2)
+    assert steps_with_state(tmp_path) == [4, 5, 6, 8, 16, 32]
+    trainee.save(tmp_path, 7, keep_state=2)
+    assert steps_with_state(tmp_path) == [5, 6, 7, 8, 16, 32]
+    assert [step for step in saved_steps(tmp_path) if problems(tmp_path / f"step{step}")] == [5]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": 7}'])
+def test_a_damaged_older_checkpoint_does_not_stop_a_save(run, text):
+    (run / "step1" / MANIFEST).write_text(text)
+    Trainee(steps=3).save(run, 3, keep_state=1)
+    assert problems(run / "step3") == []
+    assert problems(run / "step2") == []
+
+
+def test_state_that_somebody_removed_does_not_stop_a_save(run):
+    shutil.rmtree(run / "step1" / "state")
+    Trainee(steps=3).save(run, 3, keep_state=1)
+    assert steps_with_state(run) == [3]
+    assert all(problems(run / f"step{step}") == [] for step in (1, 2, 3))
+
+
+def test_permissions_follow_the_umask(tmp_path):
+    for mask in (0o022, 0o027, 0o077):
+        old = os.umask(mask)
+        try:
+            directory = Trainee().save(tmp_path, mask)
+        finally:
+            os.umask(old)
+        paths = [directory, *directory.rglob("*")]
+        assert len(paths) == 7  # two of them directories
+        for path in paths:
+            assert stat.S_IMODE(path.stat().st_mode) == (0o777 if path.is_dir() else 0o666) & ~mask, path
+
+
+def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch, capsys):
+    """Otherwise a power failure leaves a checkpoint of the right name with empty files."""
+    flushed, named, fsync, rename = set(), [], os.fsync, Path.rename
+
+    def watched_fsync(descriptor):
+        fsync(descriptor)
+        flushed.add(os.fstat(descriptor).st_ino)
+
+    def watched_rename(path, target):
+        if Path(target).name == "step1":
+            named.append({p for p in [path, *path.rglob("*")] if p.stat().st_ino not in flushed})
+            flushed.clear()
+            assert capsys.readouterr().out == ""
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(Path, "rename", watched_rename)
+    Trainee(steps=1).save(tmp_path, 1, world=2)
+    assert named == [set()]
+    assert tmp_path.stat().st_ino in flushed  # the name itself
+    assert capsys.readouterr().out == f"saved {tmp_path / 'step1'}\n"
+
+
+# Behind the back of training
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """An open gate that write_tensors goes through when it begins."""
+    event, original = Event(), saving.write_tensors
+    monkeypatch.setattr(saving, "write_tensors", lambda *args: event.wait(60) and original(*args))
+    yield event
+    event.set()
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_what_is_saved_is_what_was_there_at_the_call(tmp_path, gate, steps):
+    trainee = Trainee(steps=steps)
+    expected = trainee.bits()
+    (saver,) = trainee.savers(tmp_path)
+    counters = {"updates": 5, "list": [1]}
+    saver.save(steps, counters)
+    counters["list"].append(2)
+    for step in range(steps, steps + 4):
+        saver.before_update()
+        trainee.train(step, step + 1)
+    assert trainee.bits() != expected
+    assert saved_steps(tmp_path) == []  # nothing was written before, nor waited for
+    assert saver.failure is None
+    gate.set()
+    saver.finish()
+    resumed = Trainee(seed=1)
+    assert resumed.restore(tmp_path / f"step{steps}") == {"updates": 5, "list": [1]}
+    assert resumed.bits() == expected
+
+
+def test_no_update_before_the_snapshot_is_taken(tmp_path, monkeypatch):
+    begin, copy = Event(), Saver._copy
+    monkeypatch.setattr(Saver, "_copy", lambda self, tensors: begin.wait(60) and copy(self, tensors))
+    trainee = Trainee(steps=1)
+    (saver,) = trainee.savers(tmp_path)
+    saver.before_update()  # nothing to wait for
+    saver.save(1, COUNTERS)
+    update = Thread(target=saver.before_update)
+    update.start()
+    update.join(0.1)
+    assert update.is_alive()
+    begin.set()
+    update.join(60)
+    assert not update.is_alive()
+    saver.finish()
+    assert restored(tmp_path / "step1") == trainee.bits()
+
+
+def test_a_second_save_waits_for_the_first(tmp_path, gate):
+    trainee = Trainee(steps=1)
+    (saver,) = trainee.savers(tmp_path)
+    saver.save(1, COUNTERS)
+    saver.before_update()
+    trainee.train(1, 2)
+    second = Thread(target=saver.save, args=(2, COUNTERS))
+    second.start()
+    second.join(0.1)
+    assert second.is_alive()
+    gate.set()
+    second.join(60)
+    saver.finish()
+    assert restored(tmp_path / "step1") == Trainee(steps=1).bits()
+    assert restored(tmp_path / "step2") == Trainee(steps=2).bits()
+
+
+def test_the_snapshot_takes_its_memory_once(tmp_path):
+    trainee = Trainee(steps=1)
+    (saver,) = trainee.savers(tmp_path)
+    places = []
+    for step in (1, 2):
+        saver.save(step, COUNTERS)
+        saver.finish()
+        places.append([tensor.data_ptr() for tensor in saver.snapshot.values()])
+    assert places[0] == places[1]
+    memory = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saver.snapshot.values()
+    }
+    steps = 4 * len(list(trainee.model.parameters()))
+    assert sum(memory.values()) == 12 * MICRO.parameters + steps
+
+
+# Disks that fail
+
+
+def assert_failed(trainee, run, step, *words, world=1):
+    """Saving fails on all ranks with one and the same line, now and when asked again, and nobody hangs."""
+    savers = trainee.savers(run, world)
+    for saver in savers:
+        saver.save(step, COUNTERS)
+        saver.before_update()
+    for saver in savers:
+        saver.wait()
+        with pytest.raises(UserError) as caught:
+            saver.finish()
+        with pytest.raises(UserError):
+            saver.save(step + 1, COUNTERS)
+        assert saver.failure == str(caught.value) == savers[0].failure
+        for word in (str(run / f"step{step}"), *words):
+            assert word in saver.failure
+        assert "\n" not in saver.failure
+
+
+def test_full_disk_is_noticed_before_writing(run, monkeypatch):
+    trainee = Trainee(TINY, steps=1)
+    size = sum(path.stat().st_size for path in trainee.save(run, 3).rglob("*") if path.is_file())
+    before = sorted(run.rglob("*"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size - 1))
+    assert_failed(trainee, run, 4, "no room for", world=2)
+    assert sorted(run.rglob("*")) == before
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size + 2**26))
+    assert problems(trainee.save(run, 4)) == []
+
+
+@contextmanager
+def small_disk(path):
+    """A disk of one megabyte. Only root may mount one, and not in every container."""
+    path.mkdir()
+    if os.getuid() != 0 or not shutil.which("mount"):
+        pytest.skip("mounting a small disk needs root")
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", path], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"a small disk can not be mounted here: {done.stderr.strip()}")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", path], check=True)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_disk_that_runs_full(tmp_path, monkeypatch, world):
+    """A real disk fills up while a checkpoint is written, at every place: the one before stays whole."""
+    trainee = Trainee(steps=1)
+    with small_disk(tmp_path / "disk") as run:
+        # The disk claims to have room, as it does when somebody else fills it at the same time.
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**40))
+        trainee.save(run, 1)
+        failed = 0
+        for pages in range(0, 40):
+            filler = run / "filler"
+            with filler.open("wb", buffering=0) as file, suppress(OSError):
+                while file.write(bytes(4096)):
+                    pass
+            os.truncate(filler, filler.stat().st_size - 4096 * pages)
+            savers = trainee.savers(run, world)
+            for saver in savers:
+                saver.save(2, COUNTERS)
+            for saver in savers:
+                saver.wait()
+            filler.unlink()
+            assert problems(run / "step1") == []
+            if savers[0].failure is None:
+                break
+            failed += 1
+            assert "No space left" in savers[0].failure
+            assert [path.name for path in run.iterdir()] == ["step1"]
+        assert problems(run / "step2") == []
+        assert failed >= 5
+        assert saved_steps(run) == [1, 2]
+        trainee.save(run, 3)
+        assert saved_steps(run) == [1, 2, 3]
+        assert all(problems(run / f"step{step}") == [] for step in (1, 2, 3))
+        assert temporaries(run) == []
+
+
+def test_a_disk_that_can_not_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**40))
+    trainee = Trainee(steps=1)
+    if os.getuid() != 0:
+        trainee.save(tmp_path, 1)
+        tmp_path.chmod(0o555)
+        try:
+            assert_failed(trainee, tmp_path, 2)
+        finally:
+            tmp_path.chmod(0o755)
+        assert saved_steps(tmp_path) == [1]
+        return
+    with small_disk(tmp_path / "disk") as run:  # root may write everywhere but here
+        trainee.save(run, 1)
+        subprocess.run(["mount", "-o", "remount,ro", run], check=True)
+        assert_failed(trainee, run, 2, "Read-only file system")
+        assert problems(run / "step1") == []
+        assert saved_steps(run) == [1]
+
+
+def test_files_of_limited_size(run):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        assert_failed(Trainee(TINY, steps=1), run, 3, "File too large")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert saved_steps(run) == [1, 2]
+    assert temporaries(run) == []
+
+
+def test_a_run_directory_that_is_gone(tmp_path):
+    """Somebody removed the run while it trained: made anew."""
+    assert problems(Trainee().save(tmp_path / "gone", 1)) == []
+
+
+def test_a_part_that_is_read_back_otherwise(run, monkeypatch):
+    """The model is made from the parts on disk: a bit that flips there must not become a model with right checksums."""
+    original = saving.find_rows
+
+    def find_damaged_rows(parts, shapes):
+        stored = original(parts, shapes)
+        with stored["weight/embed"][-1].path.open("r+b") as file:
+            file.seek(stored["weight/embed"][-1].offset)
+            byte = file.read(1)[0]
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte ^ 1]))
+        return stored
+
+    monkeypatch.setattr(saving, "find_rows", find_damaged_rows)
+    assert_failed(Trainee(steps=3), run, 3, "part-00002-of-00002.safetensors", world=2)
+    assert temporaries(run) == []
+
+
+def test_an_error_of_our_own_does_not_leave_others_waiting(run, monkeypatch):
+    monkeypatch.setattr(saving, "find_rows", lambda *_: 1 / 0)
+    assert_failed(Trainee(steps=3), run, 3, "ZeroDivisionError", world=2)
+    assert saved_steps(run) == [1, 2]
+    assert temporaries(run) == []
+
+
+# Processes that are killed
+
+
+class Killed(BaseException):
+    """The process ends here: no handler runs."""
+
+
+class File:
+    """A file that is open for writing, and a saboteur who watches it."""
+
+    def __init__(self, file, saboteur):
+        self.file, self.fileno, self.flush = file, file.fileno, file.flush
+        self.write = saboteur.watched("write", file.write, lambda data: file.write(data[: len(data) // 2]))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+
+class Saboteur:
+    """Counts the calls that change the disk and lets the n-th fail, before it is done, half-way, or when it is done.
+
+    A killed process makes no calls any more: neither does any thread of this one, until the patches are undone.
+    """
+
+    def __init__(self, patch, n=None, how="before", killed=True, barrier=None):
+        self.n, self.how, self.killed, self.barrier = n, how, killed, barrier
+        self.calls, self.dead, self.seen = 0, False, set()
+        self.open = Path.open
+        patch.setattr(Path, "open", lambda path, mode="r", *args, **kwargs: self.opened(path, mode, *args, **kwargs))
+        copy = self.watched("copyfile", huggingface.copyfile, lambda _, path: Path(path).write_bytes(b"half"))
+        patch.setattr(huggingface, "copyfile", copy)
+        patch.setattr(os, "fsync", self.watched("fsync", lambda descriptor: None))  # quick: nobody pulls the plug here
+        for owner, name in ((Path, "mkdir"), (Path, "rename"), (os, "unlink"), (os, "rmdir")):
+            patch.setattr(owner, name, self.watched(name, getattr(owner, name)))
+
+    def opened(self, path, mode, *args, **kwargs):
+        if "w" not in mode:
+            return self.open(path, mode, *args, **kwargs)
+        return File(self.watched("open", self.open)(path, mode, *args, **kwargs), self)
+
+    def watched(self, name, call, half=lambda *_: None):
+        def watched(*args, **kwargs):
+            if self.dead:
+                raise Killed
+            self.seen.add(name)
+            self.calls += 1
+            if self.calls != self.n:
+                return call(*args, **kwargs)
+            if self.how == "after":
+                call(*args, **kwargs)
+            elif self.how == "half":
+                half(*args)
+            if not self.killed:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            self.dead = True
+            if self.barrier:
+                self.barrier.abort()
+            raise Killed
+
+        return watched
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(checkpoint, "ThreadPoolExecutor", partial(ThreadPoolExecutor, 1))
+    said = []
+    monkeypatch.setattr(Ranks, "print", lambda ranks, line: said.append(line) if ranks.first else None)
+    return said
+
+
+@pytest.mark.parametrize("trials", [60, pytest.param(200, marks=pytest.mark.slow)])
+def test_killed_at_any_call(saved, tmp_path, quick, trials):
+    """Whatever is done last: after the next start the newest checkpoint that was reported, or a newer one, is there to
+    the bit, all that is visible is whole, and nothing half done is left."""
+    tokenizer, rng = saved.parent / "tokenizer.json", random.Random(trials)
+    # Step 2 is saved again, by a run that went back to step 1; then come steps 3 and, again, 3.
+    saves = [(step, Trainee(steps=n, seed=n)) for step, n in ((2, 2), (3, 3), (3, 4))]
+    bits = {1: [Trainee(steps=1).bits()], 2: [Trainee(steps=2).bits()], 3: []}
+    lengths, seen = {}, set()
+    for trial in range(trials):
+        world, keep = rng.choice([1, 2]), rng.choice([1, 2])
+        calls = lengths.get((world, keep))
+        n, how = rng.randint(1, calls) if calls else None, rng.choice(["before", "half", "after"])
+        run = shutil.copytree(saved, tmp_path / f"{trial}")
+        sound = {step: list(allowed) for step, allowed in bits.items()}
+        quick.clear()
+        reported = 2
+        with pytest.MonkeyPatch.context() as patch:
+            savers = [trainee.savers(run, world, tokenizer=tokenizer, keep_state=keep) for _, trainee in saves]
+            saboteur = Saboteur(patch, n, how)
+            with suppress(Killed, BrokenBarrierError):
+                for (step, trainee), group in zip(saves, savers):
+                    saboteur.barrier = getattr(group[0].ranks, "barrier", None)
+                    sound[step].append(trainee.bits())
+                    for saver in group:
+                        saver.save(step, COUNTERS)
+                    for saver in group:
+                        saver.wait()
+                    if f"saved {run / f'step{step}'}" in quick:
+                        quick.clear()
+                        sound[step], reported = sound[step][-1:], max(reported, step)
+                    for saver in group:
+                        saver.finish()
+            assert saboteur.dead == (n is not None)
+        seen |= saboteur.seen
+        if n is None:  # the first of its kind is not killed, and tells how many calls there are
+            lengths[world, keep] = saboteur.calls
+            assert saboteur.calls > 60
+        assert all(problems(run / f"step{step}") == [] for step in set(saved_steps(run)) - {1, 2}), (trial, n, how)
+        clean_up(run)
+        assert temporaries(run) == [], (trial, n, how)
+        assert all(problems(run / f"step{step}") == [] for step in saved_steps(run)), (trial, n, how)
+        newest = restorable(run, Ranks())
+        assert newest >= reported, (trial, n, how)
+        assert restored(run / f"step{newest}") in sound[newest], (trial, n, how)
+        shutil.rmtree(run)
+    assert seen == {"open", "write", "copyfile", "fsync", "mkdir", "rename", "unlink", "rmdir"}
+
+
+@pytest.mark.parametrize("step", [2, 3], ids=["saved again", "new step"])
+def test_an_error_at_any_call(saved, tmp_path, quick, step):
+    """All ranks fail with the same line, or it was a call that only clears up; what was there is there."""
+    tokenizer, newer, failures = saved.parent / "tokenizer.json", Trainee(steps=6, seed=4), 0
+    sound = [Trainee(steps=2).bits(), newer.bits()]
+    for n in range(1, 200):
+        run = shutil.copytree(saved, tmp_path / f"{n}")
+        with pytest.MonkeyPatch.context() as patch:
+            savers = newer.savers(run, 1 + n % 2, tokenizer=tokenizer, keep_state=1)
+            saboteur = Saboteur(patch, n, "half", killed=False)
+            for saver in savers:
+                saver.save(step, COUNTERS)
+            for saver in savers:
+                saver.wait()
+        lines = {saver.failure for saver in savers}
+        assert len(lines) == 1, n
+        if line := lines.pop():
+            failures += 1
+            assert str(run / f"step{step}") in line
+            assert line.endswith("No space left on device"), n
+            assert ("is saved" in line) == (f"saved {run / f'step{step}'}" in quick)
+            assert "is saved" in line or not (run / ".step3.tmp").exists()
+        assert {1, 2} <= set(saved_steps(run)) <= {1, 2, step}, n
+        clean_up(run)
+        assert temporaries(run) == [], n
+        assert all(problems(run / f"step{s}") == [] for s in saved_steps(run)), n
+        assert restored(run / f"step{restorable(run, Ranks())}") in sound[not line and 1 :], n
+        shutil.rmtree(run)
+        quick.clear()
+        if saboteur.calls < n:
+            break
+    assert not line
+    assert failures > 30
+
+
+# Several processes
+
+RANKS = """
+import json, os, sys, zlib
+sys.path[:0] = sys.argv[1:3]
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from test_checkpoint import MICRO, make_optimizer
+import checkpoint, saving
+from errors import UserError
+from model import Pythia
+from parallel import local, local_rows, shard_weights, start_ranks
+
+run, what = Path(sys.argv[3]), sys.argv[4]
+ranks = start_ranks()
+
+
+def values(name, step):
+    # weight and moments of a parameter, whole: arbitrary, but the same in every process
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {step}".encode()))
+    return [torch.randn(shapes[name], generator=generator) for _ in range(3)]
+
+
+def trainee(shard, step=None):
+    with torch.device("meta"):
+        model = Pythia(MICRO)
+    shard_weights(model, shard, ranks, torch.float32)
+    model.to_empty(device="cpu")
+    optimizer = make_optimizer(model, 1e-3)
+    if step is not None:
+        fill(model, optimizer, step)
+    return model, optimizer
+
+
+@torch.no_grad()
+def fill(model, optimizer, step):
+    for name, p in model.named_parameters():
+        optimizer.state[p].update(step=torch.tensor(float(step)), exp_avg=torch.empty_like(p))
+        optimizer.state[p]["exp_avg_sq"] = torch.empty_like(p)
+        held = (p, optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"])
+        for tensor, value in zip(held, values(name, step)):
+            local(tensor).copy_(value[local_rows(p)])
+
+
+def check(model, optimizer, step):
+    for name, p in model.named_parameters():
+        state = optimizer.state[p]
+        for tensor, value in zip((p, state["exp_avg"], state["exp_avg_sq"]), values(name, step)):
+            assert torch.equal(local(tensor), value[local_rows(p)]), name
+        assert state["step"].item() == step
+
+
+shapes = {name: p.shape for name, p in Pythia(MICRO).named_parameters()}
+if what == "save":
+    for step, shard in ((1, "full"), (2, "none")):
+        model, optimizer = trainee(shard, step)
+        saver = saving.Saver(run, model, optimizer, ranks, torch.float16)
+        saver.save(step, {"updates": step})
+        saver.before_update()
+        fill(model, optimizer, 99)  # goes on
+        saver.finish()
+    # The disk of one rank is full.
+    original = saving.write_tensors
+    def full(path, *args):
+        if ranks.rank == 1:
+            raise OSError(28, "No space left on device")
+        return original(path, *args)
+    saving.write_tensors = full
+    saver.save(3, {})
+    try:
+        saver.finish()
+        raise SystemExit("saved on a full disk")
+    except UserError as error:
+        lines = set(ranks.texts(str(error)))
+        assert len(lines) == 1 and "step3" in str(error) and "rank 1: No space left" in str(error), lines
+    saving.write_tensors = original
+    assert sorted(path.name for path in run.iterdir()) == ["step1", "step2"]
+else:
+    assert checkpoint.restorable(run, ranks) == 2
+for step in (1, 2):
+    for shard in ("full", "none"):
+        model, optimizer = trainee(shard)
+        assert checkpoint.restore(run / f"step{step}", model, optimizer, ranks) == {"updates": step}
+        check(model, optimizer, step)
+# Damage that only one of the ranks hashes is seen by all.
+if what != "save":
+    part = run / "step2" / f"state/part-00002-of-00003.safetensors"
+    if ranks.first:
+        part.write_bytes(part.read_bytes()[:-1] + b"x")
+    ranks.wait()
+    assert checkpoint.restorable(run, ranks) == 1
+    try:
+        checkpoint.restore(run / "step2", model, optimizer, ranks)
+        raise SystemExit("a damaged part was loaded")
+    except UserError as error:
+        assert str(part) in str(error)
+    check(model, optimizer, 2)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_ranks_write_and_read_side_by_side(tmp_path, world):
+    """Three ranks save, sharded or not; they, and fewer, have every bit back, whole or in shards."""
+    (tmp_path / "ranks.py").write_text(RANKS)
+    for n, what in ((3, "save"), (world, "restore")):
+        line = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", n]
+        line += [tmp_path / "ranks.py", ROOT, ROOT / "tests", tmp_path / "run", what]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=120, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("saved") == (2 if what == "save" else 0)
+        assert ("going back to step 1" in done.stdout) == (what == "restore")
+    files = sorted(path.name for path in (tmp_path / "run" / "step1" / "state").iterdir())
+    assert files == ["counters.json", *(f"part-0000{i}-of-00003.safetensors" for i in (1, 2, 3))]
+    for i in (1, 2, 3):  # none holds all
+        held = load_file(tmp_path / "run" / "step1" / "state" / f"part-0000{i}-of-00003.safetensors")["weight/embed"]
+        assert len(held) in (12, 14)
+
+
+# What it costs
+
+MEMORY = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+from model import SIZES, Pythia, huggingface
+from parallel import Ranks
+from saving import Saver
+from train import make_optimizer
+
+def status(key):
+    return int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0]) * 1024
+
+def measured(name, call):
+    def wrapped(*args):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = status("VmRSS")
+        result = call(*args)
+        print(name, status("VmHWM") - before)
+        return result
+    return wrapped
+
+torch.set_num_threads(1)
+model = Pythia(replace(SIZES["31m"], layers=2), seed=0)
+optimizer = make_optimizer(model, 1e-3)
+saver = Saver(Path(sys.argv[1]), model, optimizer, Ranks(), torch.float32)
+saver._write_part = measured("state", saver._write_part)
+saver._write_model = measured("model", saver._write_model)
+saver.save(0, {})
+saver.finish()
+measured("export", huggingface.save)(model, Path(sys.argv[1]) / "export", torch.float16)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured as Linux tells it")
+def test_memory(tmp_path):
+    """Written piece by piece: no tensor is in memory twice, let alone a file."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, tmp_path / "run"], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    taken = dict(line.split() for line in done.stdout.splitlines() if not line.startswith("saved"))
+    tensor = 4 * 50304 * 256
+    assert (tmp_path / "run/step0" / MODEL).stat().st_size > 2 * tensor
+    assert int(taken["state"]) < tensor / 4
+    assert checkpoint.PIECE < int(taken["model"]) < tensor / 4  # of float32, which takes no copy
+    assert tensor / 2 < int(taken["export"]) < 1.2 * tensor  # of float16: a tensor and the one before
+
+
+@pytest.mark.slow
+def test_many_saves_leak_nothing(tmp_path):
+    trainee, resumed = Trainee(TINY, steps=1), Trainee(TINY)
+    (saver,) = trainee.savers(tmp_path)
+    status, taken = Path("/proc/self/status"), {}
+    for cycle in range(200):
+        saver.save(cycle, COUNTERS)
+        saver.finish()
+        resumed.restore(tmp_path / f"step{cycle}")
+        shutil.rmtree(tmp_path / f"step{cycle - 1}", ignore_errors=True)
+        if cycle in (40, 199):
+            taken[cycle] = (
+                int(status.read_text().split("VmRSS:")[1].split()[0]),
+                len(list(Path("/proc/self/fd").iterdir())),
+            )
+    assert taken[199][0] < 1.01 * taken[40][0]
+    assert taken[199][1] == taken[40][1]
