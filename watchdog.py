@@ -30,13 +30,13 @@ from errors import UserError
 from parallel import Ranks
 
 RESUME = "the same line resumes from the newest checkpoint"
-FAREWELL = 3  # beats that a rank leaves out when it is dead, as others know that leave
+FAREWELL = 3  # beats that a rank which has lost another stays to hear who does not beat any more
 NOWHERE = (-1, 0, "")  # the place of a loop that has not begun
 
 # What gloo, NCCL and torch's store say when it is another process, or the network, that failed.
 LOST = re.compile(
     r"Connection (closed|reset|refused|timed out|was likely closed)|Broken pipe|Socket (closed|Timeout)"
-    r"|No route to host|Network is unreachable|Timed out waiting|Application timeout"
+    r"|No route to host|Network is unreachable|Timed out waiting|wait timeout|Application timeout"
     r"|ncclRemoteError|ncclSystemError|remote process exited|communicator was aborted"
 )
 
@@ -128,7 +128,7 @@ class Watchdog:
     def _watch(self) -> None:
         """Exchange beats and judge them, then say farewell."""
         try:
-            # a client of our own, as torch's threads use theirs; keys that no earlier start of these ranks has used
+            # a client of our own, since an answer may take long; keys that no earlier start of these ranks has used
             client = dist.TCPStore(*self.address, is_master=False, wait_for_workers=False, timeout=timedelta(minutes=1))
             store = dist.PrefixStore("watchdog/" + " ".join(self.names), client)
             self._exchange(store)
@@ -142,7 +142,7 @@ class Watchdog:
                     os._exit(1)
             lost = self.mine.state == "lost the others"
             self._exchange(store, everybody=lost)
-            for _ in range(FAREWELL if lost else 0):  # who is it that does not beat any more?
+            for _ in range(FAREWELL if lost else 0):
                 time.sleep(self.interval)
                 self._exchange(store, everybody=True)
             if self.mine.state != "is done":
@@ -195,13 +195,16 @@ class Watchdog:
         waited = f"have waited for {self.mine.idle * self.interval:.0f} s"
         if silent:
             where = f"no sign of life since {_place(self.beats[silent[0]])}"
-            return f"{self._name(silent)} hangs: {where}; the others {waited}"
+            return f"{self._hang(silent)}: {where}; the others {waited}"
         for thread in (0, 1):
             places = {r: self.beats[r].places[thread][:2] for r in running}
             behind = [r for r in running if places[r] == min(places.values())]
             if len(behind) < self.ranks.world and list(NOWHERE[:2]) not in places.values():
-                return f"{self._name(behind)} hangs in {_place(self.beats[behind[0]], thread)}; the others {waited}"
+                return f"{self._hang(behind)} in {_place(self.beats[behind[0]], thread)}; the others {waited}"
         return f"all ranks {waited} in {_place(self.mine)}: the network between them hangs, or a GPU"
+
+    def _hang(self, ranks: list[int]) -> str:
+        return f"{self._name(ranks)} {'hangs' if len(ranks) == 1 else 'hang'}"
 
     def _name(self, ranks: list[int]) -> str:
         names = [f"rank {r} ({self.names[r]})" for r in ranks[:8]]
