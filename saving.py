@@ -187,7 +187,9 @@ class Saver:
         except UserError as error:
             mine["failed"] = str(error)
         except Exception as error:
-            reason = f"{error.strerror or error}" if isinstance(error, OSError) else repr(error)
+            reason = repr(error)
+            if isinstance(error, OSError):
+                reason = f"{error.strerror or error}" + f" ({error.filename})" * bool(error.filename)
             where = f"rank {self.ranks.rank}: " if self.ranks.world > 1 else ""
             mine["failed"] = f"{complaint}: {where}{reason}"
         all_ranks = [json.loads(text) for text in self.ranks.texts(json.dumps(mine))]
