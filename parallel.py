@@ -15,11 +15,14 @@ rounded depends on who adds first, so the last bits of a run depend on the numbe
 
 import hashlib
 import os
+import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from typing import TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -138,9 +141,34 @@ def start_ranks(bitwise: bool = False) -> Ranks:
     if world == 1 and not bitwise:
         return Ranks(device=device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store = dist.HashStore() if world == 1 else next(dist.rendezvous("env://", timeout=TIMEOUT))[0]
+    if world == 1:
+        store = dist.HashStore()
+    else:
+        store = _new_part(next(dist.rendezvous("env://", timeout=TIMEOUT))[0], rank, world)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     return Ranks(rank, world, device, node, store=store)
+
+
+def _new_part(store: dist.Store, rank: int, world: int) -> dist.Store:
+    """A part of torchrun's store that no earlier start has used: after a restart the store still holds the addresses of
+    processes that are gone. (Its count of restarts will not do: a node that joins later begins at 0.)
+
+    The first rank offers a name; all acknowledge it, each with a word of its own; and a rank believes the first rank's
+    answer only when its word is in it, because the offer and the answer that it finds may be old ones.
+    """
+    word = uuid4().hex
+    if rank == 0:
+        store.set("offer", word)
+    while True:
+        name = store.get("offer").decode()
+        store.set(f"word/{rank}", f"{name} {word}")
+        if rank == 0:
+            words = [store.get(f"word/{r}").decode().split() for r in range(world)]
+            if all(offered == name for offered, _ in words):
+                store.set(f"answer/{name}", " ".join(own for _, own in words))
+        if store.check([f"answer/{name}"]) and word in store.get(f"answer/{name}").decode():
+            return dist.PrefixStore(name, store)
+        time.sleep(0.02)
 
 
 def end_ranks(ranks: Ranks, together: bool) -> None:
@@ -179,6 +207,7 @@ def shard_weights(model: Pythia, shard: str, ranks: Ranks, dtype: torch.dtype) -
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=shard in ("full", "hybrid"))
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # which nobody changes in place
     for module in _sharded(model):  # sums, not means: the loss of a micro-step is divided by their number beforehand
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
