@@ -36,7 +36,7 @@ from kernels import backend
 from lock import lock
 from metrics import LOGGERS, Laps, Metrics, profiler
 from model import SIZES, Config, Pythia
-from model.huggingface import load, read_config
+from model.huggingface import read_config, read_weights
 from parallel import (
     RECOMPUTE,
     SHARD,
@@ -390,10 +390,10 @@ def initial_model(s: Settings, config: Config, ranks: Ranks) -> tuple[Pythia, Gr
     shard_weights(model, shard, ranks, dtype)
     model.to_empty(device=ranks.device)
     if s.init_from:
-        weights = dict(load(s.init_from).named_parameters())
+        parameters = dict(model.named_parameters())
         with torch.no_grad():
-            for name, p in model.named_parameters():
-                local(p).copy_(weights[name][local_rows(p)])
+            for name, weight in read_weights(s.init_from, model):
+                local(parameters[name]).copy_(weight[local_rows(parameters[name])])
     else:
         init_weights(model, s.seed)
     return model, Gradients(model, ranks, shard, bitwise=s.bitwise)

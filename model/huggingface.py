@@ -241,28 +241,37 @@ def load(directory: Path | str, dtype: torch.dtype = torch.float32) -> Pythia:
 
     Raises UserError when a file is missing or damaged, or tensors do not fit the configuration. Nothing is unpickled.
     """
-    directory = Path(directory)
     with torch.device("meta"):
         model = Pythia(read_config(directory))
+    weights = {
+        name: tensor.to(dtype, copy=True) for name, tensor in read_weights(directory, model)
+    }  # no view on a file
+    model.load_state_dict(weights, assign=True)
+    return model.requires_grad_(True)
+
+
+def read_weights(directory: Path | str, model: Pythia) -> Iterator[tuple[str, Tensor]]:
+    """Name and stored value of every parameter of a model, one at a time, from a Hugging Face directory.
+
+    Raises UserError as load does; that something is missing is known at the end.
+    """
+    directory = Path(directory)
     ours = {huggingface_name(name): (name, p.shape) for name, p in model.named_parameters()}
-    state: dict[str, Tensor] = {}
     for file, name, tensor in _tensors(directory):
         if _BUFFERS.fullmatch(name):
             continue
         # transformers 5 calls the unembedding lm_head in memory; files of other writers may keep that name
         name = "embed_out.weight" if name == "lm_head.weight" else name
         if name not in ours:
-            raise UserError(f"{file} holds {name}, which a GPT-NeoX of this configuration does not have")
-        our_name, shape = ours[name]
+            raise UserError(f"{file} holds {name}, which a GPT-NeoX of this configuration does not have, or twice")
+        our_name, shape = ours.pop(name)
         if not tensor.is_floating_point():
             raise UserError(f"{file}: {name} holds {tensor.dtype}, not floating-point numbers")
         if tensor.shape != shape:
             raise UserError(f"{file}: {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
-        state[our_name] = tensor.to(dtype, copy=True)  # not a view on the file
-    if missing := [name for name, (our_name, _) in ours.items() if our_name not in state]:
+        yield our_name, tensor
+    if missing := list(ours):
         raise UserError(f"{directory} lacks {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
-    model.load_state_dict(state, assign=True)
-    return model.requires_grad_(True)
 
 
 def _tensors(directory: Path) -> Iterator[tuple[Path, str, Tensor]]:
