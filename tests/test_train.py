@@ -601,3 +601,21 @@ def test_freed_memory_is_reused():
         line = [sys.executable, "-c", script, mode]
         faults[mode] = int(subprocess.run(line, cwd=ROOT, capture_output=True, text=True).stdout)
     assert faults["default"] - faults["reuse"] > 30_000_000 * 4 / 4096
+
+
+def test_profile(run, capsys):
+    """A trace of the steps asked for, of which chrome://tracing knows the beginnings; no trace without the flag."""
+    directory = run("--profile", "2", "--stop-at", "6")
+    assert f"profile of 2 steps: {directory}/profile/step2-rank0.json" in capsys.readouterr().out
+    events = json.loads((directory / "profile" / "step2-rank0.json").read_text())["traceEvents"]
+    names = {event["name"] for event in events}
+    assert {name for name in names if name.startswith("ProfilerStep#")} == {"ProfilerStep#2", "ProfilerStep#3"}
+    assert any("rotary_attention" in name or "short_attention" in name for name in names)
+    assert records(run()) == records(run(out="whole"))
+    assert len(list((directory / "profile").iterdir())) == 1
+    assert not (directory.parent / "whole" / "profile").exists()
+
+
+def test_profile_of_a_run_that_ends_before(run):
+    directory = run("--profile", "100")
+    assert (directory / "profile" / "step2-rank0.json").exists()
