@@ -13,11 +13,15 @@ Gradients travel once a step, whatever the number of micro-steps; in between eve
 rounded depends on who adds first, so the last bits of a run depend on the number of ranks, unless it is --bitwise.
 """
 
+import ctypes
 import hashlib
 import os
+import signal
+import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -125,6 +129,7 @@ def start_ranks(bitwise: bool = False) -> Ranks:
     bitwise: have what --bitwise needs, also when alone. Raises UserError when a rank finds no GPU of its own, or when
     the number of ranks is none that --bitwise can do with.
     """
+    _end_with_torchrun()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device = torch.device("cpu")
@@ -147,6 +152,14 @@ def start_ranks(bitwise: bool = False) -> Ranks:
         store = _new_part(next(dist.rendezvous("env://", timeout=TIMEOUT))[0], rank, world)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     return Ranks(rank, world, device, node, store=store)
+
+
+def _end_with_torchrun() -> None:
+    """Have the kernel send SIGTERM, upon which training saves and stops, when torchrun dies without a word to us (kill
+    -9). Orphans would train on, and hold GPUs and the run directory. Other systems than Linux have no such call."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def _new_part(store: dist.Store, rank: int, world: int) -> dist.Store:
@@ -174,8 +187,9 @@ def _new_part(store: dist.Store, rank: int, world: int) -> dist.Store:
 def end_ranks(ranks: Ranks, together: bool) -> None:
     """Leave the process group: together, when all ranks come here, or else alone, after an error."""
     if together and ranks.world > 1:  # a rank that left would cut off those that still read its last message
-        ranks.store.set(f"end/{ranks.rank}", "")
-        ranks.store.wait([f"end/{rank}" for rank in range(ranks.world)], TIMEOUT)
+        with suppress(dist.DistError):  # the store is gone with torchrun
+            ranks.store.set(f"end/{ranks.rank}", "")
+            ranks.store.wait([f"end/{rank}" for rank in range(ranks.world)], TIMEOUT)
     if dist.is_initialized():
         dist.destroy_process_group()
 
