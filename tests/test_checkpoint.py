@@ -1,5 +1,6 @@
 """Checkpoints on disk: the published steps, round trips to the bit, and every way in which a file can be damaged."""
 
+import hashlib
 import json
 import random
 import shutil
@@ -471,6 +472,7 @@ MANIFESTS = {
     "the root": _add_file("/etc/hostname"),
     "the directory itself": _add_file(""),
     "a name with NUL": _add_file("config.json\0"),
+    "a name of two lines": _add_file("missing\nstep2 is whole"),
     "half a surrogate pair": _add_file("\ud800"),
     "a name too long": _add_file("x" * 5000),
 }
@@ -605,6 +607,38 @@ def test_hostile_metadata_is_refused(run, refused, metadata):
     rewritten, data = json.dumps(header).encode(), path.read_bytes()[8 + length :]
     path.write_bytes(len(rewritten).to_bytes(8, "little") + rewritten + data)
     refused(resealed(run / "step2"), str(path), as_listed=True)
+
+
+def _overlap(header):
+    header["weight/embed"]["data_offsets"] = header["exp_avg/embed"]["data_offsets"]
+
+
+def _shift(header):
+    first, second = sorted(header.values(), key=lambda entry: entry["data_offsets"])[:2]
+    first["data_offsets"][1] += 4
+    second["data_offsets"][0] += 4
+
+
+@pytest.mark.parametrize("change", [_overlap, _shift, lambda header: header.popitem()], ids=["same", "shift", "rest"])
+def test_hostile_offsets_are_refused(run, refused, change):
+    """Tensors on the bytes of others, of another size, and bytes of no tensor. Their checksums are right."""
+    directory, path = run / "step2", run / "step2" / PARTS[0]
+    length, header = header_of(path)
+    metadata, data = header.pop("__metadata__"), path.read_bytes()[8 + length :]
+    change(header)
+    rewritten = json.dumps({"__metadata__": metadata, **header}).encode()
+    rewritten = len(rewritten).to_bytes(8, "little") + rewritten
+    path.write_bytes(rewritten + data)
+    manifest = json.loads((directory / MANIFEST).read_text())
+    manifest["files"][PARTS[0]] = {
+        "bytes": path.stat().st_size,
+        "header_sha256": hashlib.sha256(rewritten).hexdigest(),
+        "tensors": {
+            name: hashlib.sha256(data[slice(*entry["data_offsets"])]).hexdigest() for name, entry in header.items()
+        },
+    }
+    write_manifest(directory, manifest)
+    refused(directory, str(path), as_listed=change is _shift)
 
 
 COUNTS = ["-1", "1.5", "3.0", "NaN", "Infinity", "null", "true", '"3"', "[]", "{}", str(2**60), "1" * 400, "1" * 5000]
