@@ -93,7 +93,7 @@ class Ranks:
         lengths = self.gather(torch.tensor(len(mine))).tolist()
         padded = torch.zeros(max(lengths), dtype=torch.uint8)
         padded[: len(mine)] = mine
-        return [bytes(row[: n - 1].tolist()).decode() for row, n in zip(self.gather(padded), lengths)]
+        return [row[: n - 1].numpy().tobytes().decode() for row, n in zip(self.gather(padded), lengths)]
 
     def says(self, text: str) -> bool:
         """Whether it is this rank that says what others may want to say too: the first to ask."""
@@ -255,11 +255,6 @@ def saved_rows(x: Tensor) -> slice:
         return rows
     copy, n = x.device_mesh["copies"].get_local_rank(), rows.stop - rows.start
     return slice(rows.start + n * copy // copies, rows.start + n * (copy + 1) // copies)
-
-
-def whole(x: Tensor) -> Tensor:
-    """All of x, fetched from the ranks that hold it. All ranks must call this."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 @torch.no_grad()
