@@ -36,12 +36,14 @@ STEPS = 8
 
 @pytest.fixture(scope="module")
 def ranks(corpus, tmp_path_factory):
-    """ranks(world, *flags, out="a") -> (finished process, run directory): twelve rows of 32 tokens a step."""
+    """ranks(world, *flags, out="a") -> (finished process, run directory): twelve rows of 32 tokens a step. A world of 0
+    is one process without torchrun."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "small.py").write_text(SMALL)
 
     def start(world: int, *flags, out: str) -> tuple[subprocess.CompletedProcess, Path]:
         line = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", world]
+        line = line if world else [sys.executable]
         line += [folder / "small.py", ROOT, "--size", "14m", "--data", corpus, "--out", folder / out]
         line += ["--steps", STEPS, "--batch-size", 12, "--seq-len", 32, "--lr", 1e-2, *flags]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -119,6 +121,12 @@ def test_ranks_train_as_one_does(world, shard, ranks, one):
         assert all(seconds > 0 for seconds in record["data_seconds"] + record["compute_seconds"])
 
 
+def test_one_rank_is_no_different_from_none(ranks, one):
+    alone = trained(ranks(0, "--micro-batch", 2, out="alone"))
+    assert records(alone) == records(one)
+    assert_same_bits(alone / f"step{STEPS}", one / f"step{STEPS}")
+
+
 def test_a_run_changes_hands(ranks, one):
     """Stopped and resumed on other ranks, sharded in other ways, a run goes on as if nothing had happened."""
     for world, shard, stop_at in ((2, "full", 3), (3, "grad", STEPS)):
@@ -128,7 +136,7 @@ def test_a_run_changes_hands(ranks, one):
 
 @pytest.mark.slow
 def test_a_hundred_steps_on_any_number_of_ranks(ranks):
-    """What the README says of ranks; and torchrun with one is no torchrun, to the bit."""
+    """What the README says of ranks."""
     line = ("--steps", 100, "--lr", 1e-3)
     alone = trained(ranks(1, *line, "--micro-batch", 2, out="hundred-1"))
     for world, shard in ((2, "full"), (3, "grad"), (4, "full"), (4, "none")):
