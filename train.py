@@ -72,6 +72,7 @@ class Settings:
     out: str = setting("", "run directory (default: runs/pythia-SIZE)", fixed=False)
     demo: bool = setting(False, "a run of some two minutes on a laptop: demo data, few steps, small batch", fixed=False)
     plan: bool = setting(False, "print parameters, FLOPs, memory and days expected, then exit", fixed=False)
+    plan_for: str = setting("", "the machine of the plan, such as 16xA100-40GB (default: 8xH100)", fixed=False)
     seed: int = setting(1234, "of the initial weights and of the data order")
     init_from: str = setting("", "start from the weights of this Hugging Face directory instead of random ones")
     steps: int = setting(143_000, "optimizer steps; the learning-rate schedule spans them")
@@ -384,9 +385,7 @@ def initial_model(s: Settings, config: Config, ranks: Ranks) -> tuple[Pythia, Gr
     with torch.device("meta"):
         model = Pythia(config)
     model.compute_dtype = dtype
-    shard = s.shard
-    if shard == "auto":
-        shard = "grad" if s.bitwise else "none"
+    shard, whole_gradients = choose_sharding(s, config, ranks)
     shard_weights(model, shard, ranks, dtype)
     model.to_empty(device=ranks.device)
     if s.init_from:
@@ -396,7 +395,23 @@ def initial_model(s: Settings, config: Config, ranks: Ranks) -> tuple[Pythia, Gr
                 local(parameters[name]).copy_(weight[local_rows(parameters[name])])
     else:
         init_weights(model, s.seed)
-    return model, Gradients(model, ranks, shard, bitwise=s.bitwise)
+    return model, Gradients(model, ranks, shard, whole_gradients, s.bitwise)
+
+
+def choose_sharding(s: Settings, config: Config, ranks: Ranks) -> tuple[str, bool]:
+    """What --shard auto means here, and whether a rank has the memory to add up gradients of all weights.
+
+    On GPUs, what takes the least time of what fits; on CPUs, which are for trying things out, as little as can be.
+    """
+    choice = ("grad", "full") if s.bitwise else ()
+    choice = choice if s.shard == "auto" else (s.shard,)
+    if ranks.device.type == "cpu":
+        return (*choice, "none")[0], True
+    memory = torch.tensor(-torch.cuda.get_device_properties(ranks.device).total_memory, device=ranks.device)
+    smallest = -ranks.max(memory).item()  # all ranks must choose alike
+    job = s.micro_batch, s.seq_len, s.precision, s.recompute, s.batch_size
+    chosen = plan.choose_shard(config, smallest, ranks.world, ranks.node, *job, choice)
+    return chosen.shard, chosen.whole_gradients
 
 
 def enter_run(run: Path, s: Settings, facts: dict, resources: ExitStack) -> None:
@@ -497,7 +512,8 @@ def reuse_freed_memory() -> None:
 def main() -> None:
     s = parse(sys.argv[1:])
     if s.plan:
-        print(plan.plan(SIZES[s.size], s.steps, s.batch_size, s.micro_batch, s.seq_len, s.precision, s.recompute))
+        job = s.steps, s.batch_size, s.micro_batch, s.seq_len, s.precision, s.recompute, s.shard, s.plan_for
+        print(plan.plan(SIZES[s.size], *job))
         return
     reuse_freed_memory()
     train(s)
