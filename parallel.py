@@ -98,7 +98,10 @@ class Ranks:
     def says(self, text: str) -> bool:
         """Whether it is this rank that says what others may want to say too: the first to ask."""
         key, rank = hashlib.sha256(text.encode()).hexdigest(), str(self.rank)
-        return self.store is None or self.store.compare_set(key, "", rank).decode() == rank
+        try:
+            return self.store is None or self.store.compare_set(key, "", rank).decode() == rank
+        except dist.DistError:  # the store is gone with torchrun: better twice than not at all
+            return True
 
     def first_does(self, work: Callable[[], T]) -> T | None:
         """Have the first rank do something while the others wait: it gets the result. A UserError is raised on all."""
