@@ -510,10 +510,19 @@ def reuse_freed_memory() -> None:
 
 
 def main() -> None:
-    s = parse(sys.argv[1:])
+    first = os.environ.get("RANK", "0") == "0"  # all ranks read the same line: one answers
+    try:
+        s = parse(sys.argv[1:])
+        if s.plan:
+            job = s.steps, s.batch_size, s.micro_batch, s.seq_len, s.precision, s.recompute, s.shard, s.plan_for
+            text = plan.plan(SIZES[s.size], *job)
+    except UserError:
+        if not first:
+            raise SystemExit(1) from None
+        raise
     if s.plan:
-        job = s.steps, s.batch_size, s.micro_batch, s.seq_len, s.precision, s.recompute, s.shard, s.plan_for
-        print(plan.plan(SIZES[s.size], *job))
+        if first:
+            print(text)
         return
     reuse_freed_memory()
     train(s)
