@@ -61,6 +61,7 @@ class Saver:
         keep_state: int = 2,
         at: Callable[[int, str], None] = lambda step, doing: None,
     ):
+        run.mkdir(parents=True, exist_ok=True)
         self.run, self.config, self.optimizer = run, model.config, optimizer
         self.dtype, self.hidden_act, self.tokenizer, self.keep_state = dtype, hidden_act, tokenizer, keep_state
         self.ranks, self.at = ranks.apart(), at
@@ -203,7 +204,6 @@ class Saver:
         self.copied.set()
         if not self.ranks.first:
             return
-        self.run.mkdir(parents=True, exist_ok=True)
         needed = self.config.parameters * (self.dtype.itemsize + 3 * 4) + 2**24  # weights twice, moments, small files
         if (free := shutil.disk_usage(self.run).free) < needed:
             raise UserError(
@@ -211,7 +211,8 @@ class Saver:
                 f"nothing was written, make room and run the same line again"
             )
         shutil.rmtree(temporary, ignore_errors=True)
-        (temporary / "state").mkdir(parents=True)
+        temporary.mkdir()  # in a run that is still there: a file system that is gone must not be made anew elsewhere
+        (temporary / "state").mkdir()
 
     def _write_part(self, temporary: Path) -> dict:
         """Write this rank's part. Returns its entry in the manifest."""

@@ -408,8 +408,13 @@ def test_files_of_limited_size(run):
 
 
 def test_a_run_directory_that_is_gone(tmp_path):
-    """Somebody removed the run while it trained: made anew."""
-    assert problems(Trainee().save(tmp_path / "gone", 1)) == []
+    """It is not made anew: where a disk is not mounted any more, another one would fill up."""
+    (saver,) = Trainee().savers(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    saver.save(1, COUNTERS)
+    with pytest.raises(UserError, match=r"step1 could not be saved, .*: No such file or directory"):
+        saver.finish()
+    assert not (tmp_path / "gone").exists()
 
 
 def test_a_part_that_is_read_back_otherwise(run, monkeypatch):
