@@ -1,0 +1,332 @@
+"""Many nodes, on one machine: nodes that join and leave a run, a network that is cut, SLURM's script."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from conftest import records
+from test_parallel import ROOT, assert_same_bits, assert_same_training
+
+TORCHRUN = Path(sys.executable).with_name("torchrun")
+FLAGS = ["--batch-size", 16, "--micro-batch", 2, "--lr", 1e-2]
+BITWISE = [*FLAGS, "--bitwise"]
+
+# train.py with the model of conftest.py, and a pause before every step, so that there is time for things to happen.
+SCRIPT = f"""
+import faulthandler, os, sys, time
+faulthandler.dump_traceback_later(300, exit=True)
+sys.path.insert(0, {str(ROOT)!r})
+from dataclasses import replace
+import data, train
+from errors import run_command
+from model import SIZES
+SIZES["14m"] = replace(SIZES["14m"], layers=2, hidden=32, vocab=384)
+def batch(*args, read=data.batch):
+    time.sleep(float(os.environ.get("PAUSE", 0)))
+    return read(*args)
+data.batch = batch
+run_command(train.main)
+"""
+
+
+class Node:
+    """A torchrun and its ranks."""
+
+    def __init__(self, line: list, log: Path, **environment: str):
+        self.log = log
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        with log.open("w") as file:
+            self.torchrun = subprocess.Popen([*map(str, line)], stdout=file, stderr=subprocess.STDOUT, env=environment)
+
+    def ranks(self) -> list[int]:
+        """Their process ids."""
+        stats = [(int(p.parent.name), p.read_text()) for p in Path("/proc").glob("[0-9]*/stat")]
+        return [pid for pid, stat in stats if int(stat.rpartition(")")[2].split()[1]) == self.torchrun.pid]
+
+    def kill(self) -> None:
+        """As a machine that fails."""
+        for pid in (self.torchrun.pid, *self.ranks()):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def end(self) -> tuple[int, str]:
+        """Wait for the end: the exit status and what was said."""
+        status = self.torchrun.wait(120)
+        return status, self.log.read_text()
+
+    def errors(self) -> list[str]:
+        """What ranks have said that went wrong, tracebacks included; not torchrun's own report, which has one too."""
+        return [line for line in self.log.read_text().splitlines() if re.match(r"error: |\[rank\d+\]", line)]
+
+
+@pytest.fixture
+def start(corpus, tmp_path) -> Iterator[Callable]:
+    """start(*line, flags, prefix, **environment) -> Node: prefix, torchrun's flags, then a run in tmp_path/nodes."""
+    (tmp_path / "small.py").write_text(SCRIPT)
+    nodes = []
+
+    def start(*line, flags=(), prefix=(), **environment: str) -> Node:
+        line = [*prefix, TORCHRUN, *line, tmp_path / "small.py", "--size", "14m", "--data", corpus]
+        line += ["--out", tmp_path / "nodes", "--seq-len", 32, "--precision", "fp32", *flags]
+        nodes.append(Node(line, tmp_path / f"node{len(nodes)}.log", **environment))
+        return nodes[-1]
+
+    yield start
+    for node in nodes:
+        if node.torchrun.poll() is None:
+            node.kill()
+            node.torchrun.wait()
+
+
+def made(run: Path) -> int:
+    """How many steps are recorded."""
+    return len((run / "metrics.jsonl").read_text().splitlines()) if (run / "metrics.jsonl").exists() else 0
+
+
+def starts(run: Path) -> list[tuple[int, int]]:
+    """(step, ranks) of every start."""
+    return [(s["step"], s["ranks"]) for s in json.loads((run / "run.json").read_text())["starts"]]
+
+
+def wait(condition: Callable[[], bool], node: Node) -> None:
+    for _ in range(1800):
+        if condition():
+            return
+        assert node.torchrun.poll() is None, node.log.read_text()
+        time.sleep(0.1)
+    raise AssertionError(f"nothing happens: {node.log.read_text()}")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+# Restarts
+
+
+def test_a_killed_rank_is_replaced(start, run, tmp_path):
+    """torchrun starts all ranks again, which go on from the newest checkpoint, and nothing shows afterwards."""
+    flags = [*BITWISE, "--steps", 20]
+    node = start("--standalone", "--nproc-per-node", 2, "--max-restarts", 1, flags=flags, PAUSE="0.05")
+    wait(lambda: (tmp_path / "nodes").exists() and made(tmp_path / "nodes") > 10, node)
+    os.kill(node.ranks()[-1], signal.SIGKILL)
+    status, said = node.end()
+    assert status == 0, said
+    assert starts(tmp_path / "nodes") == [(0, 2), (8, 2)]
+    whole = run(*flags)
+    assert records(tmp_path / "nodes") == records(whole)
+    assert_same_bits(tmp_path / "nodes" / "step20", whole / "step20")
+
+
+@pytest.mark.slow
+def test_nodes_join_and_leave(start, run, tmp_path):
+    """One node; two, as another joins; one, as that fails; two; one, as the other is told to stop. The run goes on by
+    itself each time. Only the failure costs steps, which are made again."""
+    nodes, port = tmp_path / "nodes", free_port()
+    flags = [*BITWISE, "--steps", 3000]  # more than will be made
+    elastic = ["--nnodes", "1:2", "--nproc-per-node", 1, "--max-restarts", 9, "--rdzv-backend", "c10d", "--rdzv-id", 1]
+    elastic += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
+    elastic += ["--rdzv-conf", "last_call_timeout=1,keep_alive_interval=1"]
+
+    def join() -> Node:
+        return start(*elastic, flags=flags, PAUSE="0.05", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+
+    def goes_on(ranks: list[int]) -> None:
+        """Wait until the run was started for the last time of these, and has made steps since."""
+        wait(lambda: (nodes / "run.json").exists() and len(starts(nodes)) >= len(ranks), first)
+        assert [world for _, world in starts(nodes)] == ranks
+        last = starts(nodes)[-1][0]
+        wait(lambda: last + 10 < made(nodes), first)
+
+    first = join()
+    goes_on([1])
+    second = join()
+    goes_on([1, 2])
+    second.kill()
+    goes_on([1, 2, 1])
+    second = join()
+    goes_on([1, 2, 1, 2])
+    second.torchrun.terminate()
+    goes_on([1, 2, 1, 2, 1])
+    first.torchrun.terminate()
+    _, said = first.end()
+
+    paused = [int(step) for step in re.findall(r"paused at step (\d+)", said)]
+    resumed = [step for step, _ in starts(nodes)]
+    assert [resumed[1], resumed[3], resumed[4]] == paused[:3]
+    assert paused[3] == made(nodes)
+    whole = run(*flags, "--stop-at", paused[3])
+    assert records(nodes) == records(whole)
+    assert_same_bits(nodes / f"step{paused[3]}", whole / f"step{paused[3]}")
+
+
+# A network
+
+NAMESPACES = [f"tripod-{os.getpid()}-{i}" for i in (0, 1)]
+
+
+def ip(*words: str) -> str:
+    return subprocess.run(["ip", *words], capture_output=True, text=True, check=True, timeout=30).stdout
+
+
+@pytest.fixture
+def network() -> Iterator[Callable[[str], None]]:
+    """Two network namespaces, 10.77.0.1 and 10.77.0.2, and a cable between them.
+
+    network("down") cuts it: the second's end is down, the first's has no carrier. network("up") mends it.
+    """
+    if not shutil.which("ip"):
+        pytest.skip("needs the command ip of iproute2")
+    try:
+        ip("netns", "add", NAMESPACES[0])
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"needs the right to make network namespaces: {error.stderr.strip()}")
+    try:
+        ip("netns", "add", NAMESPACES[1])
+        ip("-n", NAMESPACES[0], "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", NAMESPACES[1])
+        for i, name in enumerate(NAMESPACES, start=1):
+            ip("-n", name, "address", "add", f"10.77.0.{i}/24", "dev", "cable")
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("-n", name, "link", "set", "cable", "up")
+        yield lambda state: ip("-n", NAMESPACES[1], "link", "set", "cable", state)
+    finally:
+        for name in set(ip("netns", "list").split()) & set(NAMESPACES):
+            for pid in ip("netns", "pids", name).split():
+                os.kill(int(pid), signal.SIGKILL)
+            ip("netns", "delete", name)
+
+
+@pytest.fixture
+def two_nodes(start, network) -> Callable[..., list[Node]]:
+    """two_nodes(ranks of each, flags, **environment) -> both nodes, where each knows the other."""
+
+    def two_nodes(ranks: int, flags: list, **environment: str) -> list[Node]:
+        line = ["--nnodes", 2, "--nproc-per-node", ranks, "--master-addr", "10.77.0.1", "--master-port", 29400]
+        environment["GLOO_SOCKET_IFNAME"] = "cable"
+        prefixes = [["ip", "netns", "exec", name] for name in NAMESPACES]
+        return [start(*line, "--node-rank", i, flags=flags, prefix=prefixes[i], **environment) for i in (0, 1)]
+
+    return two_nodes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_two_nodes_train_as_one(ranks, two_nodes, run, tmp_path):
+    for node in two_nodes(ranks, [*BITWISE, "--steps", 20]):
+        status, said = node.end()
+        assert status == 0, said
+    assert starts(tmp_path / "nodes") == [(0, 2 * ranks)]
+    whole = run(*BITWISE, "--steps", 20)
+    assert records(tmp_path / "nodes") == records(whole)
+    assert_same_bits(tmp_path / "nodes" / "step20", whole / "step20")
+
+
+@pytest.mark.slow
+def test_two_nodes_hold_a_copy_each(two_nodes, run, tmp_path):
+    for node in two_nodes(2, [*FLAGS, "--steps", 20, "--shard", "hybrid"]):
+        status, said = node.end()
+        assert status == 0, said
+    assert starts(tmp_path / "nodes") == [(0, 4)]
+    assert_same_training(tmp_path / "nodes", run(*BITWISE, "--steps", 20))
+
+
+@pytest.mark.slow
+def test_a_cut_cable(two_nodes, network, run, tmp_path):
+    """Both nodes say so and end; mended, the same lines go on."""
+    flags = [*BITWISE, "--steps", 60, "--timeout", 6]
+    first, second = two_nodes(1, flags, PAUSE="0.1")
+    wait(lambda: (tmp_path / "nodes").exists() and made(tmp_path / "nodes") > 20, first)
+    network("down")
+    for node in (first, second):
+        status, said = node.end()
+        assert status == 1
+        assert len(node.errors()) == 1, said
+    assert re.match(r"error: rank 1 \(\S+:\d+\) hangs: no sign of life since step \d+", first.errors()[0])
+    assert re.match(r"error: rank 1 \(\S+:\d+\) has waited for .+ does not answer", second.errors()[0])
+    network("up")
+    for node in two_nodes(1, flags):
+        status, said = node.end()
+        assert status == 0, said
+    assert starts(tmp_path / "nodes") == [(0, 2), (16, 2)]
+    whole = run(*flags)
+    assert records(tmp_path / "nodes") == records(whole)
+    assert_same_bits(tmp_path / "nodes" / "step60", whole / "step60")
+
+
+# SLURM
+
+# What the script calls, for two nodes on this machine. The process ids of the tasks are left in a file.
+SRUN = """#!/usr/bin/env bash
+[ "$1" = --kill-on-bad-exit=1 ] && shift || exit 99
+for node in 0 1; do
+    SLURM_NODEID=$node "$@" &
+    echo $! >> tasks
+done
+status=0
+for task in $(jobs -p); do wait "$task" || status=$?; done
+exit $status
+"""
+SCONTROL = """#!/usr/bin/env bash
+[ "$*" = "show hostnames node[1-2]" ] && printf 'localhost\\nnode2\\n' || echo "$*" >> requests
+"""
+
+
+@pytest.fixture
+def sbatch(corpus, tmp_path) -> Callable[..., subprocess.Popen]:
+    """sbatch(*flags, **commands) -> slurm.sh running in tmp_path, with these scripts in place of SLURM's commands."""
+    (tmp_path / "small.py").write_text(SCRIPT)
+    torchrun = f'#!/usr/bin/env bash\nexec {TORCHRUN} "${{@/#train.py/small.py}}"\n'
+    job = {"JOB_ID": "7", "JOB_NODELIST": "node[1-2]", "NNODES": "2", "GPUS_ON_NODE": "1", "CPUS_PER_TASK": "1"}
+    environment = {"OMP_NUM_THREADS": "1", "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PAUSE": "0.05"}
+    environment |= {f"SLURM_{name}": value for name, value in job.items()}
+
+    def sbatch(*flags, **commands: str) -> subprocess.Popen:
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        for name, script in ({"torchrun": torchrun, "srun": SRUN, "scontrol": SCONTROL} | commands).items():
+            (tmp_path / "bin" / name).write_text(script)
+            (tmp_path / "bin" / name).chmod(0o755)
+        line = ["bash", ROOT / "slurm.sh", "nodes", "--size", "14m", "--data", corpus, "--seq-len", 32, *flags]
+        with (tmp_path / "log").open("a") as log:
+            line = [*map(str, line)]
+            return subprocess.Popen(line, cwd=tmp_path, env=os.environ | environment, stdout=log, stderr=log)
+
+    return sbatch
+
+
+def test_slurm(sbatch, run, tmp_path):
+    """A job that SLURM tells to stop saves and is queued again; then it goes on to the end."""
+    flags, nodes = [*BITWISE, "--precision", "fp32", "--steps", 25], tmp_path / "nodes"
+    job = sbatch(*flags)
+    while made(nodes) < 10 and job.poll() is None:
+        time.sleep(0.05)
+    for task in (tmp_path / "tasks").read_text().split():
+        os.kill(int(task), signal.SIGTERM)
+    assert job.wait(60) == 0, (tmp_path / "log").read_text()
+    assert (tmp_path / "requests").read_text() == "requeue 7\n"
+    paused = made(nodes)
+    assert 10 <= paused < 25
+    assert sbatch(*flags).wait(60) == 0, (tmp_path / "log").read_text()
+    assert (tmp_path / "requests").read_text() == "requeue 7\n"
+    assert starts(nodes) == [(0, 2), (paused, 2)]
+    assert_same_bits(nodes / "step25", run(*flags) / "step25")
+
+
+def test_slurm_gives_up(sbatch, tmp_path):
+    """A job that fails is queued again if it has saved a checkpoint, and else is not."""
+    fails = "#!/usr/bin/env bash\nmkdir -p nodes/step8\nexit 1\n"
+    assert sbatch(srun=fails).wait() == 0
+    assert (tmp_path / "requests").read_text() == "requeue 7\n"
+    assert sbatch(srun=fails).wait() == 1
+    assert (tmp_path / "requests").read_text() == "requeue 7\n"
+    assert (tmp_path / "log").read_text().endswith("not queued again\n")
