@@ -424,7 +424,7 @@ def enter_run(run: Path, s: Settings, facts: dict, resources: ExitStack) -> None
 
 def check_directory(run: Path) -> None:
     """Refuse a directory that is no run: nothing is written into it."""
-    lonely = {"run.json", ".lock"}
+    lonely = {"run.json", ".run.json.tmp", ".lock"}  # of a start that was killed
     if (
         run.exists()
         and not (run / "run.json").exists()
