@@ -1,0 +1,453 @@
+"""Real faults against the real trainer: its processes are killed, stopped, told to end; disks fill up; a loss is NaN.
+
+Whatever happens, every checkpoint there is holds, byte for byte, what that of a run without faults holds; one line says
+what went wrong; and the same line goes on as if nothing had happened.
+"""
+
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from conftest import records
+
+ROOT = Path(__file__).parents[1]
+STEPS = 20
+START = rf"step (\d+) to {STEPS} of {STEPS}, each"
+
+# train.py with a small Pythia, as a script. FAULT is what goes wrong; whatever is unpickled is told of.
+SCRIPT = """
+import os, pickle, resource, sys, threading, time, traceback
+from dataclasses import replace
+import torch.distributed.distributed_c10d as c10d
+sys.path.insert(0, sys.argv.pop(1))
+import checkpoint, data, saving, train
+from errors import run_command
+from model import SIZES
+
+SIZES["14m"] = replace(SIZES["14m"], layers=2, hidden=32, vocab=384)
+checkpoint.is_published_step = lambda step, last: True
+rank = int(os.environ.get("RANK", 0))
+
+def tell(line):
+    os.write(1, f"{line}\\n".encode())
+
+def tell_of_pickle(event, args):
+    if event == "pickle.find_class":
+        tell(f"unpickled {args} in {traceback.format_stack(limit=20)}")
+
+FAULT
+
+tell(f"rank {rank} is process {os.getpid()}")
+sys.addaudithook(tell_of_pickle)
+c10d._pickler = c10d._unpickler = None  # of torch's collectives of objects: they would fail
+run_command(train.main)
+pickle.loads(pickle.dumps(os.getpid))  # to see that it is told of
+"""
+
+# Every call of the thread that saves takes a while, so that most of the time something is half done.
+SLOW_DISK = """
+def wait(event, args):
+    if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and threading.current_thread().daemon:
+        time.sleep(0.003)
+sys.addaudithook(wait)
+"""
+
+SLOW_STEPS = """
+read = data.batch
+def read_slowly(*args):
+    time.sleep(0.1)
+    return read(*args)
+data.batch = read_slowly
+"""
+
+
+def is_alive(pid: int) -> bool:
+    """Whether it is there, and not just waiting for its parent to take note of its end."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
+class Trainer:
+    """A trainer, alone or under torchrun, in processes of its own, each of which prints into a file of its own."""
+
+    def __init__(self, line: list, run: Path, logs: Path):
+        self.run, self.logs = run, logs
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with (logs / "stdout.log").open("w") as out, (logs / "stderr.log").open("w") as err:
+            self.process = subprocess.Popen(list(map(str, line)), stdout=out, stderr=err, env=environment)
+
+    @property
+    def output(self) -> str:
+        """What it has printed, torchrun left out."""
+        ranks = sorted(self.logs.glob("*/attempt_0/*/std*.log")) or sorted(self.logs.glob("std*.log"))
+        return "".join(log.read_text() for log in ranks)
+
+    def until(self, pattern: str) -> re.Match:
+        """Wait until it has printed this."""
+        give_up = time.monotonic() + 120
+        while not (found := re.search(pattern, self.output)):
+            assert self.process.poll() is None, self.output
+            assert time.monotonic() < give_up, self.output
+            time.sleep(0.01)
+        return found
+
+    def pid(self, rank: int) -> int:
+        return int(self.until(rf"rank {rank} is process (\d+)\n")[1])
+
+    def ranks(self) -> list[int]:
+        """The processes that train and are still there."""
+        return [pid for pid in map(int, re.findall(r"is process (\d+)\n", self.output)) if is_alive(pid)]
+
+    def end(self) -> int:
+        """Wait for its end, and for that of its ranks, who may survive torchrun. Returns the exit status."""
+        status, give_up = self.process.wait(120), time.monotonic() + 120
+        while self.ranks():
+            assert time.monotonic() < give_up, self.output
+            time.sleep(0.05)
+        return status
+
+    def kill(self) -> None:
+        """Kill it if it still runs."""
+        if self.process.poll() is None:
+            for pid in [self.process.pid, *self.ranks()]:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.end()
+
+    def errors(self) -> list[str]:
+        """The lines on what went wrong."""
+        assert "Traceback" not in self.output, self.output
+        return re.findall(r"^error: .*", self.output, re.MULTILINE)
+
+
+Launch = Callable[..., Trainer]
+
+
+@pytest.fixture(scope="module")
+def launch(corpus, tmp_path_factory) -> Iterator[Launch]:
+    """launch("out", *flags, world=1, fault="", torchrun=[]) starts a Trainer: four rows of 32 tokens a step."""
+    trainers = []
+
+    def start(out: str, *flags, world: int = 1, fault: str = "", torchrun: list = ()) -> Trainer:
+        logs, run = tmp_path_factory.mktemp("logs"), tmp_path_factory.getbasetemp() / "faults" / out
+        (logs / "script.py").write_text(SCRIPT.replace("FAULT", fault))
+        line = [sys.executable, "-u"]
+        if world > 1:
+            line = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", world]
+            line += ["--log-dir", logs, "--redirects", 3, *torchrun]
+        line += [logs / "script.py", ROOT, "--size", "14m", "--data", corpus, "--out", run, "--steps", STEPS]
+        line += ["--batch-size", 4, "--seq-len", 32, "--lr", 1e-2, "--keep-state", STEPS + 1, *flags]
+        trainers.append(Trainer(line, run, logs))
+        return trainers[-1]
+
+    yield start
+    for trainer in trainers:
+        trainer.kill()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(launch) -> Callable[[int], Path]:
+    """undisturbed(world) -> the directory of a run without faults, all of whose checkpoints have state."""
+    runs = {}
+
+    def train(world: int) -> Path:
+        if world not in runs:
+            trainer = launch(f"undisturbed-{world}", world=world)
+            assert trainer.end() == 0, trainer.output
+            assert_nothing_unpickled(trainer)
+            runs[world] = trainer.run
+        return runs[world]
+
+    return train
+
+
+def checkpoints(run: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step")) for path in run.glob("step*"))
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def assert_whole(run: Path, undisturbed: Path) -> None:
+    """What bears the name of a checkpoint is that of the run without faults, but for state that was dropped."""
+    for step in checkpoints(run):
+        ours, theirs = contents(run / f"step{step}"), contents(undisturbed / f"step{step}")
+        listed = set(json.loads(ours["manifest.json"])["files"])
+        missing = theirs.keys() - listed - {"manifest.json"}
+        assert missing in (set(), {name for name in theirs if name.startswith("state/")}), step
+        assert {name: theirs.get(name) for name in listed}.items() <= ours.items(), step
+
+
+def assert_same(trainer: Trainer, undisturbed: Path) -> None:
+    """It has finished a run, which is now that without faults."""
+    assert trainer.end() == 0, trainer.output
+    assert_nothing_unpickled(trainer)
+    assert_whole(trainer.run, undisturbed)
+    assert checkpoints(trainer.run) == list(range(STEPS + 1))
+    assert {path.name for path in trainer.run.iterdir()} == {path.name for path in undisturbed.iterdir()}
+    assert records(trainer.run) == records(undisturbed)
+    assert [record["step"] for record in records(trainer.run)] == list(range(STEPS))
+
+
+def assert_nothing_unpickled(trainer: Trainer) -> None:
+    """From the beginning of a run that was finished to its end. Afterwards every rank unpickles something."""
+    ranks = len(re.findall("is process", trainer.output))
+    assert re.findall(r"unpickled \((.*)\) in ", trainer.output) == ["'posix', 'getpid'"] * ranks, trainer.output
+
+
+# Killed
+
+
+def kill_at_random(trainer: Trainer, half_written: bool, chance: random.Random) -> bool | None:
+    """Kill a trainer at some moment, with half_written in one at which a checkpoint is. Returns whether one was; None
+    when the run has ended before."""
+    if half_written:
+        trainer.until(f"{START}|is finished")
+    time.sleep(chance.uniform(0, 2 if half_written else 5))
+    while trainer.process.poll() is None:
+        trainer.process.send_signal(signal.SIGSTOP)  # to look at what it has done until now
+        found = any(trainer.run.glob(".step*.tmp"))
+        if found or not half_written:
+            trainer.process.kill()
+            return found if trainer.end() == -signal.SIGKILL else None
+        trainer.process.send_signal(signal.SIGCONT)
+        time.sleep(chance.uniform(0, 0.1))
+    return None
+
+
+@pytest.mark.parametrize(("kills", "seed"), [(4, 0), pytest.param(100, 1, marks=pytest.mark.slow)])
+def test_campaign(kills, seed, launch, undisturbed):
+    """Killed at random moments, half of them while a checkpoint is written, over and over until a run is finished."""
+    chance, expected, run, killed, while_saving, reported = random.Random(seed), undisturbed(1), 0, 0, 0, {0}
+    while True:
+        out = f"killed-{kills}-{run}"
+        trainer = launch(out, "--keep-state", 2, fault=SLOW_DISK)
+        before = checkpoints(trainer.run)
+        half_written = None
+        if killed < kills:
+            half_written = kill_at_random(trainer, killed % 2 == 0, chance)
+        trainer.end()
+        if started := re.search(START, trainer.output):
+            assert int(started[1]) == max(before, default=0) >= max(reported)
+            assert not list(trainer.run.rglob("left over"))
+        reported |= {int(step) for step in re.findall(r"saved \S+/step(\d+)\n", trainer.output)}
+        assert trainer.errors() == []
+        assert reported - {0} <= set(checkpoints(trainer.run))
+        assert_whole(trainer.run, expected)
+        if half_written is None:
+            assert_same(trainer, expected)
+            assert not list(trainer.run.rglob("*.tmp"))
+            if killed == kills:
+                break
+            run, reported = run + 1, {0}
+        else:
+            killed, while_saving = killed + 1, while_saving + half_written
+            for directory in trainer.run.glob(".step*.tmp"):
+                (directory / "left over").touch()
+    print(f"{killed} kills, {while_saving} of them while a checkpoint was written, in {run + 1} runs")
+    assert while_saving >= kills / 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resumed", [False, True])
+def test_killed_at_any_call_of_a_start(resumed, launch, undisturbed):
+    """Before every call with which the main thread changes the run directory."""
+    for n in itertools.count(1):
+        fault = f"""
+out, calls = sys.argv[sys.argv.index("--out") + 1], iter(range(1, 1000))
+def die(event, args):
+    changes = event in ("os.mkdir", "os.rename") or event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
+    if changes and str(args[0]).startswith(out) and threading.current_thread() is threading.main_thread():
+        if next(calls) == {n}:
+            os.kill(os.getpid(), 9)
+sys.addaudithook(die)
+"""
+        out = f"start-{n}-{resumed}"
+        if resumed:  # from step 1, where there are records of later ones
+            run = shutil.copytree(undisturbed(1), undisturbed(1).with_name(out))
+            for step in range(2, STEPS + 1):
+                shutil.rmtree(run / f"step{step}")
+        trainer = launch(out, fault=fault)
+        if trainer.end() == 0:
+            assert n > 5
+            break
+        assert trainer.process.returncode == -signal.SIGKILL, trainer.output
+        assert_same(launch(out), undisturbed(1))
+
+
+# Many ranks
+
+
+def test_torchrun_is_killed(launch, undisturbed):
+    """Its ranks save and end; then the same line goes on."""
+    trainer = launch("orphans", world=2, fault=SLOW_STEPS)
+    trainer.until(r"saved \S+/step4\n")
+    trainer.process.kill()
+    trainer.end()
+    assert trainer.errors() == []
+    paused = int(re.search(rf"paused at step (\d+) of {STEPS}", trainer.output)[1])
+    assert checkpoints(trainer.run)[-1] == paused
+    trainer = launch("orphans", world=2)
+    assert_same(trainer, undisturbed(2))
+    assert int(re.search(START, trainer.output)[1]) == paused
+
+
+@pytest.mark.slow
+def test_killed_while_ranks_save(launch, undisturbed):
+    """One of them, all, or torchrun, and any of these together: at random moments."""
+    chance, expected = random.Random(2), undisturbed(2)
+    for victims in ([0], [1], [0, 1], ["torchrun"], ["torchrun", 0], ["torchrun", 0, 1]):
+        trainer = launch("saving", world=2, fault=SLOW_DISK)
+        before = checkpoints(trainer.run)
+        assert int(trainer.until(START)[1]) == max(before, default=0)
+        time.sleep(chance.uniform(0, 0.5))
+        while not any(trainer.run.glob(".step*.tmp")):
+            assert trainer.process.poll() is None, trainer.output
+        pids = {"torchrun": trainer.process.pid, 0: trainer.pid(0), 1: trainer.pid(1)}
+        for victim in victims:
+            os.kill(pids[victim], signal.SIGKILL)
+        assert trainer.end() != 0
+        errors = trainer.errors()
+        assert len(errors) == (victims in ([0], [1], ["torchrun", 0])), trainer.output
+        if errors and "torchrun" not in victims:
+            assert re.search(rf"lost contact with rank {victims[0]} \(\S+:{pids[victims[0]]}\)", errors[0])
+        assert_whole(trainer.run, expected)
+    assert_same(launch("saving", world=2), expected)
+
+
+# Only one rank knows of it
+
+
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_loss_of_one_rank_is_not_finite(rank, launch, undisturbed):
+    """All stop before the update, at the same step, and one of them says so."""
+    fault = f"""
+forward, calls = train.Pythia.forward, iter(range(1000))
+def broken(*args):
+    loss = forward(*args)
+    return loss * float("nan") if next(calls) == 3 and rank == {rank} else loss
+train.Pythia.forward = broken
+"""
+    trainer = launch(f"nan-{rank}", world=2, fault=fault)
+    assert trainer.end() == 1
+    (error,) = trainer.errors()
+    assert "step 3, rows 12 to 15: loss nan" in error
+    assert f"the last good checkpoint is {trainer.run}/step3" in error
+    assert checkpoints(trainer.run) == [0, 1, 2, 3]
+    assert_whole(trainer.run, undisturbed(2))
+    assert [record["step"] for record in records(trainer.run)] == [0, 1, 2]
+
+
+AT_STEP_4 = """
+save = saving.Saver.save
+def save_with_trouble(self, step, counters):
+    if step == 4 and rank == 1:
+        self.wait()
+        TROUBLE
+    save(self, step, counters)
+saving.Saver.save = save_with_trouble
+"""
+
+
+def test_the_disk_of_one_rank_is_full(launch, undisturbed):
+    trouble = "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))"
+    trainer = launch("full", world=2, fault=AT_STEP_4.replace("TROUBLE", trouble))
+    assert trainer.end() == 1
+    (error,) = trainer.errors()
+    assert "step4 could not be saved, earlier checkpoints are whole: rank 1: File too large" in error
+    assert checkpoints(trainer.run) == [0, 1, 2, 3]
+    assert not list(trainer.run.glob(".step*"))
+    assert_whole(trainer.run, undisturbed(2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_goes_on_when_the_disk_is_back(world, launch, undisturbed):
+    """The file system of the run is gone for a while, as when a server of files is down."""
+    trouble = "os.rename(out, out + '-gone')"
+    fault = f"out = sys.argv[sys.argv.index('--out') + 1]\n{AT_STEP_4}"
+    fault = fault.replace("rank == 1", f"rank == {world - 1}").replace("TROUBLE", trouble)
+    trainer = launch(f"gone-{world}", world=world, fault=fault)
+    assert trainer.end() == 1
+    (error,) = trainer.errors()
+    assert "step4 could not be saved, earlier checkpoints are whole:" in error
+    trainer.run.with_name(f"gone-{world}-gone").rename(trainer.run)
+    assert_whole(trainer.run, undisturbed(world))
+    trainer = launch(f"gone-{world}", world=world)
+    assert_same(trainer, undisturbed(world))
+    assert int(re.search(START, trainer.output)[1]) == 3
+
+
+# Two runs, one directory
+
+
+def test_two_runs_in_one_directory(launch, undisturbed):
+    """The second is refused, and the first does not notice."""
+    first = launch("shared", fault=SLOW_STEPS)
+    first.until(r"saved \S+/step4\n")
+    first.process.send_signal(signal.SIGSTOP)  # or it might end too soon
+    second = launch("shared")
+    assert second.end() == 1
+    first.process.send_signal(signal.SIGCONT)
+    (error,) = second.errors()
+    assert re.match(rf"error: \S+shared is in use by process {first.process.pid} on ", error)
+    assert_same(first, undisturbed(1))
+
+
+# Told to end, or stopped
+
+
+@pytest.mark.slow
+def test_a_save_that_takes_longer_than_torchrun_waits(launch, undisturbed):
+    """torchrun kills after half a minute, unless told otherwise."""
+    fault = """
+handle, flush = train.StopSignal.handle, saving.flush
+def handle_and_slow_down(*args):
+    global delay
+    delay = 40
+    handle(*args)
+def flush_slowly(path):
+    global delay
+    time.sleep(delay)
+    delay = 0
+    flush(path)
+delay = 0
+train.StopSignal.handle, saving.flush = handle_and_slow_down, flush_slowly
+"""
+    trainer = launch("patient", world=2, fault=fault + SLOW_STEPS, torchrun=["--shutdown-timeout", 90])
+    trainer.until(r"saved \S+/step4\n")
+    trainer.process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    trainer.end()
+    assert time.monotonic() - began > 35  # or nothing was tested
+    assert trainer.errors() == []
+    assert checkpoints(trainer.run)[-1] == int(re.search(f"paused at step (\\d+) of {STEPS}", trainer.output)[1])
+    assert_same(launch("patient", world=2), undisturbed(2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_stopped(rank, launch, undisturbed):
+    trainer = launch(f"stopped-{rank}", "--timeout", 5, world=2, fault=SLOW_STEPS)
+    trainer.until(r"saved \S+/step4\n")
+    os.kill(trainer.pid(rank), signal.SIGSTOP)
+    pattern = rf"error: rank {rank} \(\S+:{trainer.pid(rank)}\) hangs: no sign of life since step \d+, "
+    trainer.until(pattern)
+    os.kill(trainer.pid(rank), signal.SIGKILL)  # as torchrun does after half a minute
+    assert trainer.end() == 1
+    assert len(trainer.errors()) == 1
+    assert_whole(trainer.run, undisturbed(2))
+    assert_same(launch(f"stopped-{rank}", world=2), undisturbed(2))
