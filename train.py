@@ -118,6 +118,7 @@ class Settings:
     log: str = setting("", "also log to tensorboard, wandb, or both (tensorboard,wandb)", fixed=False)
 
 
+AGAIN = 75  # exit status: "temporary failure, try again" (EX_TEMPFAIL of BSD's sysexits.h)
 DEMO = {**data.DEMO, "lr": 3e-3}  # sixty steps are too few for the published rate
 
 
@@ -226,7 +227,7 @@ def train(s: Settings) -> None:
     ranks, finished = start_ranks(s.bitwise), False
     try:
         with ExitStack() as resources:
-            run_steps(s, ranks, resources)
+            status = run_steps(s, ranks, resources)
         finished = True
     except UserError as error:
         if not ranks.says(str(error)):
@@ -234,10 +235,12 @@ def train(s: Settings) -> None:
         raise
     finally:
         end_ranks(ranks, together=finished)
+    if status:
+        raise SystemExit(status)
 
 
-def run_steps(s: Settings, ranks: Ranks, resources: ExitStack) -> None:
-    """Train. What must be closed at the end, also after an error, goes into `resources`."""
+def run_steps(s: Settings, ranks: Ranks, resources: ExitStack) -> int:
+    """Train. What must be closed at the end, also after an error, goes into `resources`. Returns an exit status."""
     config, device = replace(SIZES[s.size], gelu=s.gelu), ranks.device
     open_rows = partial(data.open_rows, s.data, data.requested_samples(s.steps, s.batch_size), s.seq_len, s.seed)
     rows = ranks.first_does(open_rows) or open_rows()  # the first leaves the order of the data for all
@@ -252,7 +255,7 @@ def run_steps(s: Settings, ranks: Ranks, resources: ExitStack) -> None:
     if start >= last:
         made = f"is finished: it has made all {s.steps} steps" if start == s.steps else f"is at step {start}"
         ranks.print(f"{run} {made}")
-        return
+        return 0
     share = s.batch_size, s.micro_batch, ranks.rank, ranks.world
     data.check_vocab(data.batch(rows, start, *share), config.vocab, start, ranks.rank, ranks.world)
 
@@ -369,6 +372,9 @@ def run_steps(s: Settings, ranks: Ranks, resources: ExitStack) -> None:
     else:
         goes_on = f"the same line{' without --stop-at' * bool(s.stop_at)} goes on"
         ranks.print(f"paused at step {step + 1} of {s.steps}; {goes_on}")
+    # Where only another node was told to stop, torchrun is to start again without it, as it does after a failure.
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    return AGAIN if stopping.any() and not stop.requested and restarts else 0
 
 
 def initial_model(s: Settings, config: Config, ranks: Ranks) -> tuple[Pythia, Gradients]:
