@@ -98,10 +98,17 @@ def test_free_after_an_error(tmp_path):
 
 
 def test_a_forked_child_does_not_keep_it(tmp_path):
-    asked = multiprocessing.get_context("fork").Event()
+    fork = multiprocessing.get_context("fork")
+    there, asked = fork.Event(), fork.Event()
+
+    def wait():
+        there.set()
+        asked.wait()
+
     with lock(tmp_path):
-        child = multiprocessing.get_context("fork").Process(target=asked.wait)
+        child = fork.Process(target=wait, daemon=True)
         child.start()
+        assert there.wait(60)  # it closes its copy before anything else
         refused(tmp_path)  # the child has closed its copy, not unlocked the file
     with lock(tmp_path):  # the child is still there
         pass

@@ -304,6 +304,7 @@ def sbatch(corpus, tmp_path) -> Callable[..., subprocess.Popen]:
     return sbatch
 
 
+@pytest.mark.slow
 def test_slurm(sbatch, run, tmp_path):
     """A job that SLURM tells to stop saves and is queued again; then it goes on to the end."""
     flags, nodes = [*BITWISE, "--precision", "fp32", "--steps", 25], tmp_path / "nodes"

@@ -112,7 +112,9 @@ def check_measured(world: int, shape: dict, cases: list, folder: Path, environme
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
-    ("world", "cases"), [(1, ONE), (2, TWO), pytest.param(2, EVERY, marks=pytest.mark.slow)], ids=["1", "2", "every"]
+    ("world", "cases"),
+    [(1, ONE), pytest.param(2, TWO, marks=pytest.mark.slow), pytest.param(2, EVERY, marks=pytest.mark.slow)],
+    ids=["1", "2", "every"],
 )
 def test_memory_is_what_a_cpu_takes(world, cases, tmp_path):
     # Few words, since the definition of the loss takes another chunk of logits than the kernels.
