@@ -112,7 +112,7 @@ class Settings:
     )
     keep_state: int = setting(2, "how many of the newest checkpoints can be resumed from", fixed=False)
     timeout: float = setting(
-        1800.0, "seconds without progress until a rank that hangs is named and the run ends", False
+        1800.0, "seconds without progress until a rank that hangs is named and the run ends (default: 1800)", False
     )
     profile: int = setting(0, "write a torch trace of this many steps, of every rank, to RUN/profile", False)
     log: str = setting("", "also log to tensorboard, wandb, or both (tensorboard,wandb)", fixed=False)
