@@ -84,7 +84,7 @@ class Trainer:
 
     def __init__(self, line: list, run: Path, logs: Path):
         self.run, self.logs = run, logs
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # there may be one GPU only
         with (logs / "stdout.log").open("w") as out, (logs / "stderr.log").open("w") as err:
             self.process = subprocess.Popen(list(map(str, line)), stdout=out, stderr=err, env=environment)
 
