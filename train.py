@@ -139,7 +139,7 @@ def parse(arguments: list[str]) -> Settings:
     s.lr = s.lr or SIZES[s.size].lr
     s.precision = s.precision or ("bf16" if torch.cuda.is_available() or s.plan else "fp32")
     world = int(os.environ.get("WORLD_SIZE", 1))
-    share = s.batch_size if s.bitwise else s.batch_size // world  # to the bit, micro-batches must be the same anywhere
+    share = s.batch_size // (8 if s.bitwise else world)  # bitwise: micro-batches are the same whatever the ranks
     s.micro_batch = s.micro_batch or math.gcd(8, max(share, 1))
     for name in ("steps", "batch_size", "micro_batch", "seq_len", "keep_state", "lr", "timeout"):
         if not getattr(s, name) > 0:

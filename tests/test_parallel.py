@@ -187,6 +187,13 @@ def test_bitwise_resumed_after_every_step_on_other_ranks(ranks):
     assert_same_bits(handed / "step20", whole / "step20")
 
 
+def test_bitwise_micro_batches_do_not_depend_on_ranks(monkeypatch):
+    for batch, expected in ((1024, 8), (16, 2), (4, 1)):
+        for world in ("1", "2", "4"):
+            monkeypatch.setenv("WORLD_SIZE", world)
+            assert train.parse(["--size", "14m", "--bitwise", "--batch-size", str(batch)]).micro_batch == expected
+
+
 def test_bitwise_adds_in_pairs(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match=r"--bitwise .* needs 1, 2, 4, 8 ... ranks, not 3"):
