@@ -1,7 +1,7 @@
 """Who holds what: the ranks of a run, the shards of its weights, and which activations a step keeps.
 
 The model file knows nothing of it. Under torchrun every rank is a process with this very program. Each reads its own
-rows of a batch; torch's FSDP2 averages their gradients, and gives every rank those of the weights that it holds.
+rows of a batch; torch's FSDP2 adds up their gradients, and gives every rank those of the weights that it holds.
 
     --shard    a rank holds its part of            and fetches a layer's weights
     full       weights, gradients, Adam's state    before its forward and again before its backward pass  (ZeRO-3)
