@@ -1,69 +1,24 @@
-"""How an arm of kernel_peers.py is checked against ours and measured.
-
-A GPU is timed by events that the device itself stamps when it reaches them, so that neither the launch nor the wait is
-counted. Before each round a buffer far larger than the L2 cache is written and read: the round finds nothing of its
-inputs there and has nothing of others to write back, and while the device is busy with that buffer the host runs ahead
-and has launched what follows. A CPU is timed by the clock, with its caches as they are.
-"""
+"""How an arm of kernel_peers.py is checked against ours and measured; the clock is that of ceilings.py."""
 
 import gc
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from bench.step import gemm_rate
+from bench.ceilings import Moment, clock, copy_bandwidth, flush_of, product_ceiling  # noqa: F401 (some for others)
 
 # By how much, relatively and in the Frobenius norm, an output or a gradient of an arm may differ from ours. Two right
 # ones in bfloat16 differ by up to 1%, since peers round q, k and sums in between; a wrong one by about 100%.
 AGREEMENT = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
 
 
-class Moment:
-    """A point in the work queued on a CUDA device; the difference of two is in seconds, and waits for both."""
-
-    def __init__(self):
-        self.event = torch.cuda.Event(enable_timing=True)
-        self.event.record()
-
-    def __sub__(self, earlier: "Moment") -> float:
-        self.event.synchronize()
-        return earlier.event.elapsed_time(self.event) / 1e3
-
-
-def clock(device: torch.device) -> Callable:
-    """What pytest-benchmark calls before and after a round, to subtract the one from the other."""
-    return Moment if device.type == "cuda" else time.perf_counter
-
-
-def flush_of(device: torch.device) -> Callable[[], object]:
-    """A function that empties the L2 cache of a GPU."""
-    buffer = torch.empty(2**28 if device.type == "cuda" else 0, device=device)  # 1 GiB
-    return lambda: buffer.zero_().sum()
-
-
 def measure_ceilings(device: torch.device, dtype: torch.dtype, flush: Callable) -> dict[str, float]:
     """What the device reaches at best: bytes/s, read and written, of a copy, and FLOP/s of a product."""
-    now = clock(device)
-
-    def shortest(call: Callable) -> float:
-        seconds = []
-        for _ in range(20):
-            flush()
-            began = now()
-            call()
-            seconds.append(now() - began)
-        return min(seconds)
-
-    source = torch.empty(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copy = 2 * source.numel() / shortest(lambda: target.copy_(source))
-    if device.type != "cuda":
-        return {"bytes_per_s": copy, "flops_per_s": gemm_rate("fp32", device)}
-    # gemm_rate goes by the clock of the host, and its matrices are too small for that on a GPU.
-    a, b = torch.randn(2, 8192, 8192, dtype=dtype, device=device)
-    return {"bytes_per_s": copy, "flops_per_s": 2 * 8192**3 / shortest(lambda: a @ b)}
+    return {
+        "bytes_per_s": copy_bandwidth(device, flush),
+        "flops_per_s": product_ceiling(dtype, device, flush),
+    }
 
 
 def differentiable(tensors: tuple[Tensor, ...]) -> list[Tensor]:
