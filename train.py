@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
@@ -34,7 +33,7 @@ import plan
 from errors import Parser, UserError, run_command
 from kernels import backend
 from lock import lock
-from metrics import LOGGERS, Laps, Metrics, profiler
+from metrics import LOGGERS, Metrics, profiler
 from model import SIZES, Config, Pythia
 from model.huggingface import read_config, read_weights
 from parallel import (
@@ -51,6 +50,7 @@ from parallel import (
     start_ranks,
 )
 from saving import Saver
+from step import Feed, Step, make_optimizer
 from watchdog import Watchdog
 
 # Settings
@@ -204,22 +204,6 @@ class LossScaler:
             self.scale, self.hysteresis = 2 * self.scale, self.full
 
 
-def make_optimizer(model: Pythia, lr: float) -> torch.optim.AdamW:
-    """AdamW with Pythia's constants; biases and LayerNorms, the one-dimensional parameters, are not decayed."""
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
-
-
-def clip(parameters: list[Tensor], norm: float, scale: float = 1.0) -> None:
-    """Divide gradients by the loss scale, and so that their global norm, `norm` when unscaled, is at most 1."""
-    factor = min(1.0, 1.0 / (norm + 1e-6)) / scale
-    if factor != 1.0:
-        for p in parameters:
-            local(p.grad).mul_(factor)
-
-
 # The run
 
 
@@ -264,7 +248,7 @@ def run_steps(s: Settings, ranks: Ranks, resources: ExitStack) -> int:
     if s.compile:
         for block in model.blocks:
             block.compile()
-    optimizer, parameters = make_optimizer(model, s.lr), list(model.parameters())
+    optimizer = make_optimizer(model, s.lr)
     scaler = LossScaler() if s.precision == "fp16" else None
     updates = 0  # successful ones: what the learning rate depends on
     if resumed is not None:
@@ -278,7 +262,7 @@ def run_steps(s: Settings, ranks: Ranks, resources: ExitStack) -> int:
         f"{run}: {config.parameters:,} parameters on {ranks.world} x {device.type}, {s.precision}; step {start} to "
         f"{last} of {s.steps}, each {s.batch_size} rows of {s.seq_len} tokens"
     )
-    stop, laps = StopSignal(), Laps(device)
+    stop = StopSignal()
     tokens_per_step, peak = s.batch_size * s.seq_len, plan.peak_flops(device)
     hidden_act = "gelu_pytorch_tanh" if (s.export_gelu, s.gelu) == ("trained", "tanh") else "gelu"
     loggers = list(filter(None, s.log.split(",")))
@@ -291,30 +275,26 @@ def run_steps(s: Settings, ranks: Ranks, resources: ExitStack) -> int:
     if resumed is None:
         saver.save(0, {"updates": 0, "scaler": scaler and vars(scaler)})
 
+    def read(step: int) -> np.ndarray:
+        batch = data.batch(rows, step, *share)  # [micro_steps, micro_batch, seq_len + 1]: this rank's rows
+        data.check_vocab(batch, config.vocab, step, ranks.rank, ranks.world)
+        return batch
+
+    feed = resources.enter_context(Feed(read, start, last, device))
+    one_step = Step(model, gradients, optimizer, ranks)
     for step in range(start, last):
         watchdog.at(step, "reading rows")
         began = time.perf_counter()
-        laps.start()
-        batch = data.batch(rows, step, *share)  # [micro_steps, micro_batch, seq_len + 1]: this rank's rows
-        data.check_vocab(batch, config.vocab, step, ranks.rank, ranks.world)
-        laps.mark()
+        batch = feed.take()
+        waited = time.perf_counter() - began
 
         watchdog.at(step, "forward and backward")
         scale = scaler.scale if scaler else 1.0
-        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        for i, micro_batch in enumerate(batch, start=1):
-            gradients.travel(last=i == len(batch))
-            tokens = torch.from_numpy(micro_batch.astype(np.int64)).to(device)
-            loss = model(tokens[:, :-1], tokens[:, 1:])
-            if i == len(batch):
-                laps.mark()
-            (loss * (scale / (len(batch) * ranks.world))).backward()
-            gradients.add(last=i == len(batch))
-            loss_sum += loss.detach()
-        watchdog.at(step, "exchanging gradients")
-        sums = ranks.sum(torch.stack((loss_sum, gradients.squared_norm())))
-        loss, squares = sums.tolist()  # the one host sync of the step
-        loss, norm = loss / (len(batch) * ranks.world), math.sqrt(squares) / scale
+        one_step.backward(batch.tokens, scale)
+        watchdog.at(step, "exchanging gradients, updating weights")
+        lr = learning_rate(s, updates)
+        saver.before_update()
+        loss, norm = one_step.update(lr).tolist()  # the one host sync of the step
 
         overflow = scaler is not None and not math.isfinite(norm)
         if not overflow and not math.isfinite(loss + norm):
@@ -324,25 +304,16 @@ def run_steps(s: Settings, ranks: Ranks, resources: ExitStack) -> int:
                 f"step {step}, rows {first} to {first + s.batch_size - 1}: loss {loss}, gradient norm {norm}; "
                 f"stopped before the update, the last good checkpoint is {run}/step{good}"
             )
-        watchdog.at(step, "updating weights")
-        lr = learning_rate(s, updates)
-        if not overflow:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            clip(parameters, norm, scale)
-            saver.before_update()
-            optimizer.step()
-            updates += 1
-        optimizer.zero_grad()
+        updates += not overflow
         if scaler:
             scaler.update(overflow)
             if scaler.overflows == 50:  # as DeepSpeed
                 raise UserError(f"50 steps in a row overflowed float16, up to step {step}: try --precision bf16")
 
         seconds = time.perf_counter() - began
-        report = [stop.requested, saver.failure is not None, *laps.seconds()]
+        report = [stop.requested, saver.failure is not None, waited, one_step.compute_seconds()]
         stopping, failed, data_seconds, compute_seconds = ranks.gather(torch.tensor(report)).T  # [ranks] each
-        digests = ranks.gather(torch.from_numpy(data.row_digests(batch)))  # [ranks, micro_steps, micro_batch, 32]
+        digests = ranks.gather(batch.digests)  # [ranks, micro_steps, micro_batch, 32]
         if metrics:
             metrics.record(
                 step=step,

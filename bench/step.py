@@ -39,8 +39,9 @@ from bench.peers import PACKAGES, build_peer, installed
 from errors import Parser, UserError, run_command
 from model import SIZES, Config, Pythia
 from model.sizes import VOCAB_USED
-from parallel import squared_norm
-from train import clip, make_optimizer, reuse_freed_memory
+from parallel import Gradients, Ranks
+from step import Step, make_optimizer
+from train import reuse_freed_memory
 
 SEED = 1234
 WARM_UP = 2  # steps, of which the first compiles
@@ -129,16 +130,12 @@ def training_step(s: Namespace, device: torch.device) -> Callable[[Tensor], tupl
     if compiled:
         for block in ours.blocks:
             block.compile()
-    optimizer, parameters = make_optimizer(ours, 1e-3), list(ours.parameters())
+    ranks = Ranks(device=device)
+    one_step = Step(ours, Gradients(ours, ranks, "none"), make_optimizer(ours, 1e-3), ranks)
 
     def step(tokens: Tensor) -> tuple[float, float]:
-        loss = ours(tokens[:, :-1], tokens[:, 1:])
-        loss.backward()
-        loss, squares = torch.stack((loss.detach(), squared_norm(parameters))).tolist()
-        norm = math.sqrt(squares)
-        clip(parameters, norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        one_step.backward(tokens[None])
+        loss, norm = one_step.update(1e-3).tolist()
         return loss, norm
 
     return step

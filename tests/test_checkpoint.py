@@ -37,7 +37,7 @@ from model.huggingface import write_tensors
 from parallel import Ranks
 from prepare import byte_tokenizer
 from saving import Saver
-from train import make_optimizer
+from step import make_optimizer
 
 ROOT = Path(__file__).parents[1]
 TINY = replace(SIZES["14m"], vocab=384, layers=2)
@@ -820,7 +820,7 @@ from model import SIZES, Pythia
 from model.huggingface import load
 from parallel import Ranks
 from saving import Saver
-from train import make_optimizer
+from step import make_optimizer
 
 run = Path(sys.argv[1])
 model = Pythia(replace(SIZES["14m"], vocab=40, layers=1, hidden=16, heads=2))

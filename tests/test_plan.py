@@ -28,7 +28,7 @@ from dataclasses import replace
 import torch
 from model import SIZES, Pythia
 from parallel import Gradients, end_ranks, set_recompute, shard_weights, start_ranks
-from train import make_optimizer
+from step import make_optimizer
 
 def status(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))

@@ -747,7 +747,7 @@ import torch
 from model import SIZES, Pythia, huggingface
 from parallel import Ranks
 from saving import Saver
-from train import make_optimizer
+from step import make_optimizer
 
 def status(key):
     return int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0]) * 1024

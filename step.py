@@ -1,0 +1,201 @@
+"""One optimizer step of a rank: what train.py repeats, and what bench/step.py measures.
+
+    step.backward(tokens)      forward and backward of every micro-batch; gradients add up in float32
+    step.update(lr)            the norm of all gradients, clipping, AdamW
+    feed.take()                meanwhile the next batch was read, and copied to the device
+
+The host only queues work for the device. It never waits in here: also the clipping, and that nothing is updated where a
+gradient is not finite, are decided on the device. The caller waits once a step, when it reads loss and norm.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+import data
+from metrics import Laps
+from model import Pythia
+from parallel import Gradients, Ranks
+
+LAUNCH_BOUND = 200_000_000  # parameters: up to here a GPU is done with a kernel before the host has queued the next
+
+
+def make_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
+    """AdamW with Pythia's constants; biases and LayerNorms, the one-dimensional parameters, are not decayed."""
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+
+class Step:
+    """The step of a model whose gradients `gradients` adds up, over micro-steps and ranks."""
+
+    def __init__(self, model: Pythia, gradients: Gradients, optimizer: torch.optim.AdamW, ranks: Ranks):
+        self.model, self.gradients, self.optimizer, self.ranks = model, gradients, optimizer, ranks
+        sharded = isinstance(model, FSDPModule)
+        self.rounded = RoundedWeights([] if sharded else list(model.blocks), model.compute_dtype)
+        small = model.config.parameters < LAUNCH_BOUND
+        self.graph = MicroStepGraph(self._micro_step) if ranks.device.type == "cuda" and small and not sharded else None
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        self.weight = torch.ones((), device=ranks.device)  # of the loss of a micro-batch in what is differentiated
+        self.laps = Laps(ranks.device)
+
+    def backward(self, tokens: Tensor, scale: float = 1.0) -> None:
+        """Add up loss and gradients, `scale` times, of tokens [micro_steps, micro_batch, seq_len + 1] of this rank."""
+        self.micro_steps, self.scale = len(tokens) * self.ranks.world, scale
+        self.weight.fill_(scale / self.micro_steps)
+        self.loss_sum.zero_()
+        self.laps.start()
+        with self.rounded:
+            for i, micro_batch in enumerate(tokens, start=1):
+                (self.graph or self._micro_step)(micro_batch, last=i == len(tokens))
+        if self.graph:
+            self.laps.mark()
+
+    def _micro_step(self, tokens: Tensor, last: bool) -> None:
+        self.gradients.travel(last)
+        loss = self.model(tokens[:, :-1], tokens[:, 1:])
+        if last:
+            self.laps.mark()  # from here on ranks wait for each other
+        loss.backward(self.weight)
+        self.gradients.add(last)
+        self.loss_sum += loss.detach()
+
+    def update(self, lr: float) -> Tensor:
+        """Clip the global norm of the gradients to 1 and update, unless loss or norm is not finite.
+
+        Returns [2] float64: the mean loss of the batch in nats, and the norm of its gradients before clipping.
+        """
+        sums = self.ranks.sum(torch.stack((self.loss_sum, self.gradients.squared_norm())))
+        loss, norm = sums[0] / self.micro_steps, sums[1].sqrt() / self.scale
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # By these two, which are GradScaler's way in, fused AdamW divides gradients as it reads them, and does nothing.
+        self.optimizer.grad_scale = (self.scale * (norm + 1e-6).clamp(min=1)).float()
+        self.optimizer.found_inf = (loss + norm).isfinite().logical_not().float()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=self.graph is None)
+        return torch.stack((loss, norm))
+
+    def compute_seconds(self) -> float:
+        """From the start of the step until ranks have to wait for each other. To be asked after loss and norm."""
+        return self.laps.seconds()[0]
+
+
+class RoundedWeights:
+    """The weights of products, rounded to half precision once a step. Inside `with` they stand in for the float32 ones.
+
+    To round a weight wherever it is used would read and write it once more a micro-step. Gradients of the rounded
+    weights are added to .grad of the others in float32. (On several ranks FSDP does all this.)
+    """
+
+    def __init__(self, modules: list[nn.Module], dtype: torch.dtype | None):
+        self.places = [  # (projection, its weight, the rounded weight)
+            (projection, weight, rounded_copy(weight, dtype))
+            for module in modules
+            for projection in module.children()
+            if (weight := projection.weight).dim() == 2 and weight.dtype != (dtype or weight.dtype)
+        ]
+
+    def __enter__(self) -> None:
+        with torch.no_grad():
+            for projection, weight, rounded in self.places:
+                projection.weight = rounded.copy_(weight)
+
+    def __exit__(self, *exception) -> None:
+        for projection, weight, _ in self.places:
+            projection.weight = weight
+
+
+def rounded_copy(weight: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    """A parameter for the values of another one in `dtype`, whose gradient is added to the gradient of that one."""
+
+    def add(rounded: nn.Parameter) -> None:
+        if weight.grad is None:
+            weight.grad = rounded.grad.to(weight.dtype)
+        else:
+            weight.grad += rounded.grad
+        rounded.grad = None
+
+    rounded = nn.Parameter(torch.empty_like(weight, dtype=dtype))
+    rounded.register_post_accumulate_grad_hook(add)
+    return rounded
+
+
+class MicroStepGraph:
+    """A micro-step as one CUDA graph: its hundreds of kernels are queued at once.
+
+    The first one runs as it is, so that everything is compiled, and leaves gradients. The graph adds to them, where
+    they lie: from then on they must be set to zero, never to None.
+    """
+
+    def __init__(self, micro_step: Callable[[Tensor, bool], None]):
+        self.micro_step, self.graph, self.warm = micro_step, torch.cuda.CUDAGraph(), False
+        self.tokens: Tensor | None = None  # where the graph finds its tokens
+
+    def __call__(self, tokens: Tensor, last: bool) -> None:
+        if not self.warm:
+            self.micro_step(tokens, last)
+            self.warm = True
+            return
+        if self.tokens is None:
+            self.tokens = tokens.clone()
+            # thread_local: other threads, which read data or save, may allocate meanwhile
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.micro_step(self.tokens, last=False)
+        self.tokens.copy_(tokens)
+        self.graph.replay()
+
+
+class Batch(NamedTuple):
+    tokens: Tensor  # [micro_steps, micro_batch, seq_len + 1] int64, on the device
+    digests: Tensor  # [micro_steps, micro_batch, 32] uint8: sha256 of every row
+    copied: torch.cuda.Event | None
+
+
+class Feed:
+    """This rank's rows of one step after the other, on its device. They are read, checked and copied one step ahead, by
+    a thread, while the device works on the step before.
+
+    read: step -> rows [micro_steps, micro_batch, seq_len + 1]. What it raises, take() raises in its turn.
+    """
+
+    def __init__(self, read: Callable[[int], np.ndarray], start: int, stop: int, device: torch.device):
+        self.read, self.steps, self.device = read, iter(range(start, stop)), device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.thread = ThreadPoolExecutor(1, "feed")
+        self._read_ahead()
+
+    def __enter__(self) -> "Feed":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.thread.shutdown()
+
+    def _read_ahead(self) -> None:
+        step = next(self.steps, None)
+        self.next = None if step is None else self.thread.submit(self._batch, step)
+
+    def _batch(self, step: int) -> Batch:
+        rows = self.read(step)
+        tokens, digests = torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(data.row_digests(rows))
+        if not self.stream:
+            return Batch(tokens, digests, None)
+        with torch.cuda.stream(self.stream):
+            tokens = tokens.pin_memory().to(self.device, non_blocking=True)
+        return Batch(tokens, digests, self.stream.record_event())
+
+    def take(self) -> Batch:
+        """The next batch."""
+        batch = self.next.result()
+        self._read_ahead()
+        if batch.copied:
+            batch.copied.wait()
+            batch.tokens.record_stream(torch.cuda.current_stream())
+        return batch
