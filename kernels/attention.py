@@ -95,26 +95,28 @@ BLOCK = 64  # queries at a time, so that little is computed above the diagonal
 
 @torch.library.custom_op("tripod::short_attention", mutates_args=())
 def _short_attention(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The attention of short rows in float32 on a CPU, where torch's own kernel takes half as long again.
+    """The attention of short rows on a CPU, where torch's own kernel takes half as long again. Half precision is cast up:
+    scores must not be rounded before the softmax.
 
     A block of queries meets the keys up to its own last one. Returned are also what backward needs: rotated queries
     and keys, and values, [3, batch heads, seq, head_dim]; and the probabilities of all blocks, one after the other.
     """
     batch, seq, heads, _, head_dim = qkv.shape
-    parts = qkv.permute(3, 0, 2, 1, 4)  # [3, batch, heads, seq, head_dim]
+    parts = qkv.float().permute(3, 0, 2, 1, 4)  # [3, batch, heads, seq, head_dim]
     rotated = parts.new_empty(3, batch * heads, seq, head_dim)
     rotated[:2] = rotate(parts[:2], cos, sin).view(2, *rotated.shape[1:])
     rotated[2] = parts[2].reshape(rotated.shape[1:])
     q, k, v = rotated
     q *= head_dim**-0.5
-    later = qkv.new_full((BLOCK, BLOCK), -torch.inf).triu(1)
-    out, probabilities = torch.empty_like(v), qkv.new_empty(batch * heads * _pairs(seq))
+    later = v.new_full((BLOCK, BLOCK), -torch.inf).triu(1)
+    out, probabilities = torch.empty_like(v), v.new_empty(batch * heads * _pairs(seq))
     for rows, p in _blocks(probabilities, batch * heads, seq):
         torch.bmm(q[:, rows], k[:, : rows.stop].mT, out=p)  # [batch heads, block, keys]
         p[:, :, rows] += later[: p.shape[1], : p.shape[1]]
         torch.softmax(p, dim=-1, out=p)
         out[:, rows] = p @ v[:, : rows.stop]
-    return out.view(batch, heads, seq, head_dim).transpose(1, 2).contiguous(), rotated, probabilities
+    out = out.view(batch, heads, seq, head_dim).transpose(1, 2)  # [batch, seq, heads, head_dim]
+    return out.to(qkv.dtype, memory_format=torch.contiguous_format), rotated, probabilities
 
 
 def _blocks(probabilities: Tensor, rows: int, seq: int) -> Iterator[tuple[slice, Tensor]]:
@@ -135,8 +137,9 @@ def _pairs(seq: int) -> int:
 @_short_attention.register_fake
 def _(qkv, cos, sin):
     batch, seq, heads, _, head_dim = qkv.shape
-    rotated, probabilities = (3, batch * heads, seq, head_dim), batch * heads * _pairs(seq)
-    return qkv.new_empty(batch, seq, heads, head_dim), qkv.new_empty(rotated), qkv.new_empty(probabilities)
+    shapes = (3, batch * heads, seq, head_dim), (batch * heads * _pairs(seq),)
+    saved = (qkv.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return qkv.new_empty(batch, seq, heads, head_dim), *saved
 
 
 @torch.library.custom_op("tripod::short_attention_backward", mutates_args=())
@@ -144,8 +147,8 @@ def _short_attention_backward(
     d_out: Tensor, rotated: Tensor, probabilities: Tensor, cos: Tensor, sin: Tensor
 ) -> Tensor:
     """With dp = d_out v^T:  ds = p (dp - rowsum(p dp)), and so  dq = ds k, dk = ds^T q, dv = p^T d_out."""
-    (q, k, v), (batch, seq, heads, head_dim) = rotated, d_out.shape
-    d_out = d_out.transpose(1, 2).reshape(v.shape)
+    (q, k, v), (batch, seq, heads, head_dim), dtype = rotated, d_out.shape, d_out.dtype
+    d_out = d_out.transpose(1, 2).reshape(v.shape).float()
     dq, dk, dv = gradients = torch.zeros_like(rotated)
     for rows, p in _blocks(probabilities, batch * heads, seq):
         keys, d_rows = slice(rows.stop), d_out[:, rows]
@@ -154,7 +157,7 @@ def _short_attention_backward(
         dk[:, keys] += ds.mT @ q[:, rows]
         dv[:, keys] += p.mT @ d_rows
     dq *= head_dim**-0.5
-    return _fused_gradient(*gradients.view(3, batch, heads, seq, head_dim), cos, sin)
+    return _fused_gradient(*gradients.view(3, batch, heads, seq, head_dim), cos, sin).to(dtype)
 
 
 @_short_attention_backward.register_fake
@@ -587,7 +590,7 @@ def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if triton_runs(qkv):
         _check_for_kernels(qkv, cos, sin)
         return _attention(qkv, cos, sin)[0]
-    if qkv.device.type == "cpu" and qkv.dtype == torch.float32 and qkv.shape[1] <= SHORT:
+    if qkv.device.type == "cpu" and qkv.dtype != torch.float64 and qkv.shape[1] <= SHORT:
         return _short_attention(qkv, cos, sin)[0]
     out = F.scaled_dot_product_attention(*_RotatedHeads.apply(qkv, cos, sin), is_causal=True)
     return out.transpose(1, 2)

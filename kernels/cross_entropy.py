@@ -22,6 +22,33 @@ from kernels.backend import tl, triton, triton_runs
 from kernels.linear import product
 
 CHUNK = 1024  # tokens; large enough for efficient products, 206 MB of float32 logits at a vocabulary of 50304
+CAST = 32  # rows of half-precision logits that a CPU casts up at a time: 6 MB of float32, which stay in its cache
+
+
+def _losses_in_place(
+    logits: Tensor, targets: Tensor, losses: Tensor, d_losses: Tensor | None, with_gradients: bool
+) -> None:
+    """Write the losses [tokens] of logits [tokens, vocab]; with gradients, overwrite the logits by the gradient of the
+    sum of losses, weighed by d_losses [tokens, 1].
+
+    Half-precision logits are cast up before the softmax, as in GPT-NeoX v1.0.
+    """
+    cast = logits.dtype != losses.dtype
+    step = CAST if cast and not logits.is_cuda else len(logits)
+    wide = losses.new_empty(step if cast else 0, logits.shape[1])
+    for start in range(0, len(logits), step):
+        rows = slice(start, start + step)
+        z, t = logits[rows], targets[rows]
+        # The same memory for all: logits, then probabilities, then the gradient of the logits.
+        p = wide[: len(z)].copy_(z) if cast else z
+        torch.softmax(p, dim=1, out=p)
+        losses[rows] = -p.gather(1, t)[:, 0].log()
+        if with_gradients:
+            p.scatter_add_(1, t, p.new_full(t.shape, -1.0))  # softmax - onehot
+            if d_losses is not None:
+                p.mul_(d_losses[rows])
+            if cast:
+                z.copy_(p)
 
 
 def _by_chunks(
@@ -35,25 +62,16 @@ def _by_chunks(
         rows = slice(start, min(start + CHUNK, len(hidden)))
         y, t = hidden[rows], targets[rows, None]  # [chunk, hidden], [chunk, 1]
         logits = product(y, cast_weight)  # [chunk, vocab]
-        # The same memory for all: logits, then probabilities, then the gradient of the logits. Half-precision logits
-        # are cast up before the softmax, as in GPT-NeoX v1.0.
-        probabilities = logits.to(wide)
-        torch.softmax(probabilities, dim=1, out=probabilities)
-        losses[rows] = -probabilities.gather(1, t)[:, 0].log()
+        _losses_in_place(logits, t, losses[rows], None if d_losses is None else d_losses[rows, None], with_gradients)
         if with_gradients:
-            d_logits = probabilities.scatter_add_(1, t, probabilities.new_full(t.shape, -1.0))  # softmax - onehot
-            if d_losses is not None:
-                d_logits.mul_(d_losses[rows, None])
-            d_logits = logits.copy_(d_logits)
-            d_hidden[rows] = product(d_logits, cast_weight.T)
+            d_hidden[rows] = product(logits, cast_weight.T)
             if d_weight.dtype == y.dtype:
-                torch.addmm(d_weight, d_logits.T, y, beta=0 if start == 0 else 1, out=d_weight)  # 0: overwrite
+                torch.addmm(d_weight, logits.T, y, beta=0 if start == 0 else 1, out=d_weight)  # 0: overwrite
             elif start == 0:
-                d_weight.copy_(d_logits.T @ y)
+                d_weight.copy_(logits.T @ y)
             else:
-                d_weight += d_logits.T @ y  # accumulated in float32
-            del d_logits
-        del logits, probabilities  # before memory is taken for the next chunk
+                d_weight += logits.T @ y  # accumulated in float32
+        del logits  # before memory is taken for the next chunk
     unlikely = losses > 80  # p_t is too small for float32 to hold well, or at all: the loss is lse - z_t
     if unlikely.any():
         logits = (hidden[unlikely] @ cast_weight.T).to(wide)
@@ -203,6 +221,7 @@ def _(hidden, weight, targets, d_losses):
 def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     # With a mean every token gets the same incoming gradient, so its own was formed already.
     ctx.formed = inputs[-1]
+    ctx.set_materialize_grads(False)  # or there were zeros as large as the gradients, for these themselves
     ctx.save_for_backward(*(output[1:] if ctx.formed else inputs[:3]))
 
 

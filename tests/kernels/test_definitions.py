@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import add_dual_layer_norm, add_layer_norm, bias_gelu, linear_cross_entropy, rotary_attention
-from kernels.attention import BLOCK, SHORT, rotary_tables
+from kernels.attention import BLOCK, SHORT, rotary_tables, rotate
 from kernels.cross_entropy import CHUNK
 
 
@@ -48,7 +48,7 @@ def test_rotary_attention_is_the_formula(head_dim, rotary_dim):
 
 @pytest.mark.parametrize("seq", [1, BLOCK - 1, BLOCK, 2 * BLOCK + 5, SHORT, SHORT + 1])
 def test_short_rows_and_long_ones_have_the_same_attention(seq):
-    """Up to SHORT positions float32 goes its own way on a CPU; float64 never does."""
+    """Up to SHORT positions there is a way of its own on a CPU, but not for float64."""
     torch.manual_seed(0)
     qkv = torch.randn(2, seq, 3, 3, 16, dtype=torch.float64)
     qkv[0] *= 30  # probabilities of 0 and 1
@@ -64,6 +64,29 @@ def test_short_rows_and_long_ones_have_the_same_attention(seq):
         for row in range(2):
             torch.testing.assert_close(ours[row], truth[row], rtol=0, atol=5e-4 * truth[row].abs().max().item())
         torch.testing.assert_close(ours[1], truth[1], rtol=0, atol=5e-6 * truth[1].abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_short_rows_in_half_precision_are_as_exact_as_torch(dtype):
+    """Scores of up to 40, which half precision would round by up to 0.1."""
+    torch.manual_seed(0)
+    qkv = 2.5 * torch.randn(2, 150, 3, 3, 16, dtype=torch.float64)
+    d_out = torch.randn(2, 150, 3, 16, dtype=torch.float64)
+    cos, sin = rotary_tables(150, 8, 1e4, torch.float64, "cpu")
+
+    def results(attention, dtype, tables):
+        narrow = qkv.to(dtype).requires_grad_()
+        out = attention(narrow, *(table.to(tables) for table in (cos, sin)))
+        return out.double(), torch.autograd.grad(out, narrow, d_out.to(dtype))[0].double()
+
+    def by_torch(qkv, cos, sin):
+        q, k, v = qkv.permute(3, 0, 2, 1, 4)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+    truth = results(rotary_attention, torch.float64, torch.float64)
+    for exact, ours, theirs in zip(truth, *(results(f, dtype, torch.float32) for f in (rotary_attention, by_torch))):
+        assert (ours - exact).norm() <= 1.1 * (theirs - exact).norm()
 
 
 def test_rotary_tables_keep_far_positions_apart():

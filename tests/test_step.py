@@ -1,0 +1,184 @@
+"""step.py: the same numbers as ordinary loops, without what costs time."""
+
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from model import SIZES, Pythia
+from parallel import Gradients, Ranks, set_recompute
+from step import Feed, Step, make_optimizer
+
+TINY = replace(SIZES["14m"], layers=2, hidden=32, vocab=384, seq_len=32)
+
+
+def model_and_step(dtype: torch.dtype, device: torch.device, lr: float = 1e-2) -> tuple[Pythia, Step]:
+    model = Pythia(TINY, seed=5).to(device)
+    model.compute_dtype = dtype
+    ranks = Ranks(device=device)
+    return model, Step(model, Gradients(model, ranks, "none"), make_optimizer(model, lr), ranks)
+
+
+def tokens(steps: int, device: torch.device) -> torch.Tensor:
+    """[steps, 3 micro-steps, 2 rows, 33]"""
+    return torch.randint(384, (steps, 3, 2, 33), generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def state(model: Pythia, optimizer: torch.optim.AdamW) -> list[torch.Tensor]:
+    return [x.clone() for p in model.parameters() for x in (p.detach(), *optimizer.state[p].values())]
+
+
+@pytest.mark.parametrize("recompute", ["none", "cheap", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_are_those_of_autograd(dtype, recompute, device):
+    """Rounding weights once a step instead of at every use changes no bit."""
+    batch = tokens(1, device)[0]
+    model, step = model_and_step(dtype, device)
+    set_recompute(model, recompute)
+    step.backward(batch, scale=4.0)
+    plain, _ = model_and_step(dtype, device)
+    set_recompute(plain, recompute)
+    losses = [plain(rows[:, :-1], rows[:, 1:]) for rows in batch]
+    for loss in losses:
+        (loss * (4.0 / 3)).backward()
+    assert step.loss_sum.item() == pytest.approx(sum(loss.item() for loss in losses), rel=1e-12)
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters()):
+        assert ours.dtype == ours.grad.dtype == torch.float32
+        assert torch.equal(ours.grad, theirs.grad), name
+
+
+def test_rounded_weights_stand_in_for_a_step_only(device, monkeypatch):
+    model, step = model_and_step(torch.bfloat16, device)
+    before, seen = dict(model.named_parameters()), []
+
+    def forward(*_):
+        seen.extend(p.dtype for p in model.parameters())
+        raise RuntimeError("in the middle of a step")
+
+    monkeypatch.setattr(model, "forward", forward)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        step.backward(tokens(1, device)[0])
+    assert seen.count(torch.bfloat16) == 4 * TINY.layers  # qkv, attn_out, mlp_in, mlp_out
+    after = dict(model.named_parameters())
+    assert list(after) == list(before)
+    assert all(after[name] is before[name] for name in before)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_updates_are_those_of_torch(scale, device):
+    """Against gradients unscaled and clipped by torch, and AdamW in float64, over a few steps."""
+    model, step = model_and_step(torch.float32, device)
+    exact = Pythia(TINY, seed=5).to(device)
+    with torch.no_grad():
+        for network in (model, exact):
+            network.unembed *= 1.5  # so that the first steps are clipped and the last are not
+    optimizer, norms = make_optimizer(exact.double(), 1.0), []
+    for i, batch in enumerate(tokens(9, device)):
+        step.backward(batch, scale)
+        for ours, theirs in zip(model.parameters(), exact.parameters()):
+            theirs.grad = ours.grad.double() / scale
+        norm = torch.nn.utils.clip_grad_norm_(exact.parameters(), 1.0)
+        facts = step.update(lr := 1e-2 / (i + 1))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        norms.append(norm.item())
+        assert facts[1].item() == pytest.approx(norms[-1], rel=1e-6)
+    assert min(norms) < 1 < max(norms), norms
+    for ours, theirs in zip(model.parameters(), exact.parameters()):
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nothing_is_updated_where_a_gradient_is_not_finite(value, device):
+    model, step = model_and_step(torch.float32, device)
+    first, second, third = tokens(3, device)
+    step.backward(first)
+    step.update(1e-2)
+    before = state(model, step.optimizer)
+    step.backward(second)
+    model.blocks[1].mlp_out.bias.grad[3] = value
+    loss, norm = step.update(1e-2).tolist()
+    assert np.isfinite(loss)
+    assert not np.isfinite(norm)
+    assert all(torch.equal(a, b) for a, b in zip(state(model, step.optimizer), before))
+    step.backward(third)
+    assert np.isfinite(step.update(1e-2).tolist()).all()
+    assert not any(torch.equal(a, b) for a, b in zip(state(model, step.optimizer), before))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_graph_changes_no_bit(dtype, device):
+    results = []
+    for graph in (True, False):
+        model, step = model_and_step(dtype, device)
+        assert step.graph is not None
+        if not graph:
+            step.graph = None
+        facts = []
+        for batch in tokens(6, device):
+            step.backward(batch, scale=8.0)
+            facts.append(step.update(1e-2))
+        results.append([torch.stack(facts), *state(model, step.optimizer)])
+        if graph:
+            assert step.graph.tokens is not None
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", ["14m", "410m"])
+def test_a_step_does_not_wait_for_the_device(size, device, monkeypatch):
+    """As torch itself detects; 14m runs as a graph, 410m does not."""
+    monkeypatch.setitem(SIZES, size, replace(SIZES[size], layers=2))
+    model = Pythia(SIZES[size]).to(device)
+    model.compute_dtype = torch.bfloat16
+    ranks = Ranks(device=device)
+    step = Step(model, Gradients(model, ranks, "none"), make_optimizer(model, 1e-3), ranks)
+    batch = torch.randint(50_000, (2, 1, 513), device=device)
+    if size == "410m":
+        step.graph = None  # two layers of it are small
+    for i in range(3):
+        torch.cuda.set_sync_debug_mode("error" if i == 2 else "default")
+        try:
+            step.backward(batch)
+            facts = step.update(1e-3)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert facts.isfinite().all()
+
+
+# Feed
+
+
+def test_feed_reads_one_step_ahead_and_no_further(device):
+    asked, done = [], {step: threading.Event() for step in (7, 8, 9)}
+
+    def read(step: int) -> np.ndarray:
+        asked.append(step)
+        done[step].set()
+        return np.full((2, 3, 5), step, dtype=np.uint16)
+
+    with Feed(read, 7, 10, device) as feed:
+        for step in (7, 8, 9):
+            batch = feed.take()
+            assert batch.tokens.dtype == torch.int64
+            assert batch.tokens.device.type == device.type
+            assert torch.equal(batch.tokens.cpu(), torch.full((2, 3, 5), step))
+            assert batch.digests.shape == (2, 3, 32)
+            assert done[min(step + 1, 9)].wait(60)
+            assert asked == list(range(7, min(step + 2, 10)))
+
+
+def test_feed_raises_what_reading_raises_when_it_is_the_turn(device):
+    def read(step: int) -> np.ndarray:
+        if step == 2:
+            raise ValueError("step 2 can not be read")
+        return np.zeros((1, 1, 5), dtype=np.int32)
+
+    with Feed(read, 1, 9, device) as feed:
+        feed.take()
+        with pytest.raises(ValueError, match="step 2 can not"):
+            feed.take()
