@@ -1,7 +1,7 @@
 """What a run will cost, and the setting that suits a machine, from the table of sizes alone: nothing is allocated.
 
 Memory is counted tensor by tensor: the formulas give what was found alive in the steps of a model, on 1 to 16 ranks
-(tests/test_plan.py). Times are estimates from data sheets, good for putting settings in order.
+(tests/test_plan.py). Times are estimates by the model of scaling.py, good for putting settings in order.
 """
 
 import math
@@ -12,26 +12,13 @@ from typing import NamedTuple
 
 import torch
 
+import scaling
 from errors import UserError
 from kernels.cross_entropy import TRITON_CHUNK
 from model import SIZES, Config
+from scaling import GPU, GPUS, NODE, PYTHIA, PYTHIA_BATCH, PYTHIA_STEPS, Rates, StepTime
+from scaling import parts_of as _parts
 
-
-class GPU(NamedTuple):
-    flops: float  # dense bf16 FLOP/s by the maker's data sheet
-    memory: float  # bytes, as sold
-
-
-GPUS = {
-    "H200": GPU(989e12, 141e9),
-    "H100": GPU(989e12, 80e9),
-    "A100-80GB": GPU(312e12, 80e9),
-    "A100-40GB": GPU(312e12, 40e9),
-    "L40S": GPU(362e12, 48e9),
-    "4090": GPU(165e12, 24e9),
-    "3090": GPU(71e12, 24e9),
-}
-NODE = 8  # GPUs of a node of a machine that is only planned
 USABLE = 0.92  # of a GPU's memory: the rest is for CUDA, the network's buffers, and gaps between tensors
 
 
@@ -96,11 +83,6 @@ FORMED_AGAIN = {"none": 0, "cheap": 7, "full": 12}
 
 # Who divides what: parallel.py. In the order of the least traffic.
 SHARDS = ("grad", "none", "hybrid", "full")
-
-
-def _parts(shard: str, world: int, node: int) -> int:
-    """Among how many ranks weights, gradients and moments are divided."""
-    return {"none": 1, "hybrid": min(node, world)}.get(shard, world)
 
 
 def memory(
@@ -186,15 +168,7 @@ def snapshot_memory(config: Config, world: int) -> float:
     return 12 * config.parameters / world
 
 
-# Time
-
-ASSUMED_MFU = 0.4  # of the peak, while products run
-# What takes as long as one byte, in FLOPs: those of an H100 at that rate. Other GPUs have such ratios within a factor
-# of three.
-FLOPS_PER_BYTE = 150  # of the GPU's memory, at 2.7 TB/s
-FLOPS_PER_LINK_BYTE = 1_300  # between GPUs of a node, at 300 GB/s
-FLOPS_PER_NETWORK_BYTE = 16_000  # into or out of a node, at 25 GB/s: one adapter of 200 Gb/s
-FORWARD_AGAIN = {"none": 0, "cheap": 0.1, "full": 1}  # of the layers' forward pass; cheap: what is not a product
+# Settings, in the order of their times
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 
@@ -205,38 +179,11 @@ class Setting(NamedTuple):
     micro_batch: int
     whole_gradients: bool
     bytes: float  # that a rank needs
+    time: StepTime  # of a step
 
     @property
     def flags(self) -> str:
         return f"--shard {self.shard} --recompute {self.recompute} --micro-batch {self.micro_batch}"
-
-
-def step_cost(
-    config: Config, setting: Setting, batch: int, seq_len: int, precision: str, world: int, node: int = NODE
-) -> float:
-    """What a step of a rank takes, in FLOPs: those of the model, and those lost to recompute, memory and network.
-
-    Nothing is taken to overlap. A collective among n ranks is a ring, that moves (n - 1) / n of the whole past each;
-    over several nodes every one of these bytes enters and leaves each node once.
-    """
-    flops = config.flops_per_token(seq_len)
-    layers_forward = (flops - 6 * config.vocab * config.hidden) / 3
-    products = batch * seq_len / world * (flops + FORWARD_AGAIN[setting.recompute] * layers_forward)
-    micro_steps = batch // (world * setting.micro_batch)
-    width = 4 if precision == "fp32" else 2
-    # A micro-step reads the weights and writes them cast, writes gradients, reads them, and reads and writes their sum.
-    passes = micro_steps * (12 + 3 * width) * config.parameters
-    parts = _parts(setting.shard, world, node)
-    sums = 1 if setting.whole_gradients else micro_steps
-    gathers = {"none": 0, "grad": 1}.get(setting.shard, 2 * micro_steps)
-    ring = (parts - 1) / parts * (gathers * width + 4 * sums) * config.parameters
-    copies = world // parts
-    average = 2 * (copies - 1) / copies * 4 * sums * config.parameters / parts
-    nodes = world > node
-    network = FLOPS_PER_NETWORK_BYTE if nodes else FLOPS_PER_LINK_BYTE
-    ring *= FLOPS_PER_LINK_BYTE if parts <= node else network
-    average *= network * (parts if nodes else 1)  # all ranks of a node share its adapter
-    return products + passes * FLOPS_PER_BYTE + ring + average
 
 
 def settings(
@@ -249,13 +196,16 @@ def settings(
     shards: tuple[str, ...] = (),
     recomputes: tuple[str, ...] = tuple(KEPT),
     micro_batches: tuple[int, ...] = MICRO_BATCHES,
+    rates: Rates | None = None,
 ) -> list[Setting]:
     """The settings that so many ranks can choose from, the fastest first. Micro-batches must divide a rank's rows.
 
     shards: if none are given, those that differ: a process alone shards nothing, and nodes take several to be hybrid.
+    rates: of the GPU; by default those of an H100's data sheet. Other GPUs put settings in nearly the same order.
     """
     if not shards:
         shards = ("none",) if world == 1 else tuple(s for s in SHARDS if s != "hybrid" or world > node)
+    rates = rates or scaling.assumed(config, precision)
     found = []
     for shard, recompute, micro_batch in product(shards, recomputes, micro_batches):
         micro_steps, rest = divmod(batch, world * micro_batch)
@@ -263,20 +213,27 @@ def settings(
             continue
         for whole in (True, False) if shard != "none" and micro_steps > 1 else (True,):
             args = micro_batch, seq_len, precision, recompute, shard, world, node, micro_steps, whole
-            found.append(Setting(shard, recompute, micro_batch, whole, sum(memory(config, *args).values())))
-    return sorted(found, key=lambda setting: step_cost(config, setting, batch, seq_len, precision, world, node))
+            size, time = sum(memory(config, *args).values()), scaling.step_time(config, rates, *args)
+            found.append(Setting(shard, recompute, micro_batch, whole, size, time))
+    return sorted(found, key=lambda setting: setting.time.total)
 
 
 def fastest(
-    config: Config, gpu_memory: float, world: int, batch: int, seq_len: int, precision: str, node: int = NODE
+    config: Config,
+    gpu_memory: float,
+    world: int,
+    batch: int,
+    seq_len: int,
+    precision: str,
+    node: int = NODE,
+    rates: Rates | None = None,
 ) -> Setting | None:
     """The fastest setting that fits a GPU of so many bytes, or None. Of those within 2% of it, which an estimate does
     not tell apart, the one that recomputes least and then needs least memory."""
-    job = batch, seq_len, precision, world, node
-    fit = [s for s in settings(config, world, batch, seq_len, precision, node) if s.bytes <= USABLE * gpu_memory]
-    costs = [step_cost(config, setting, *job) for setting in fit]
-    near = [setting for setting, cost in zip(fit, costs) if cost <= 1.02 * costs[0]]
-    return min(near, key=lambda setting: (FORWARD_AGAIN[setting.recompute], setting.bytes), default=None)
+    found = settings(config, world, batch, seq_len, precision, node, rates=rates)
+    fit = [setting for setting in found if setting.bytes <= USABLE * gpu_memory]
+    near = [setting for setting in fit if setting.time.total <= 1.02 * fit[0].time.total]
+    return min(near, key=lambda setting: (list(KEPT).index(setting.recompute), setting.bytes), default=None)
 
 
 def choose_shard(
@@ -290,12 +247,14 @@ def choose_shard(
     recompute: str,
     batch: int,
     shards: tuple[str, ...] = (),
+    rates: Rates | None = None,
 ) -> Setting:
     """The fastest way to divide weights that fits, when the rest is settled; if none fits, that of least memory.
 
-    shards: to choose from, if not all. Batch must be a multiple of world * micro_batch.
+    shards: to choose from, if not all. Batch must be a multiple of world * micro_batch. Ranks that choose for
+    themselves must give the same rates to choose alike; the default asks neither GPU nor disk.
     """
-    found = settings(config, world, batch, seq_len, precision, node, shards, (recompute,), (micro_batch,))
+    found = settings(config, world, batch, seq_len, precision, node, shards, (recompute,), (micro_batch,), rates)
     fit = (setting for setting in found if setting.bytes <= USABLE * gpu_memory)
     return next(fit, min(found, key=lambda setting: setting.bytes))
 
@@ -331,18 +290,24 @@ def plan(
         f"  tokens          {tokens:>18,}   {steps:,} steps of {batch:,} rows of {seq_len:,}",
         f"  FLOPs per token {flops / 1e9:>17.3f}G   ({causal / 1e9:.3f}G when only causal attention is credited)",
         f"  FLOPs           {flops * tokens:>18.3g}",
-        "",
-        f"Time at {ASSUMED_MFU:.0%} of the datasheet's bf16 peak (an assumption, not a measurement)",
-        f"  {'':<12}{'tokens/s on one':>18}{'days on one':>14}{'days on 8':>12}",
     ]
-    for name, gpu in GPUS.items():
-        rate = ASSUMED_MFU * gpu.flops / flops
-        days = tokens / rate / 86400
-        lines.append(f"  {name:<12}{rate:>18,.0f}{days:>14,.1f}{days / 8:>12,.1f}")
     job = batch, seq_len, precision
     lines += ["", *_memory_of_flags(config, machine, *job, micro_batch, recompute, shard)]
     lines += ["", *_memory_table(config, machine, *job), "", *_suggestion(config, machine, *job)]
+    lines += ["", *_rates(config, machine, precision), "", *_scaling(config, machine, steps, *job)]
     return "\n".join([*lines, "", *_sizes(machine, steps, *job)])
+
+
+def _best(config: Config, machine: Machine, batch: int, seq_len: int, precision: str) -> Setting | None:
+    """The fastest setting that fits a machine, by what is known of its GPU."""
+    rates, _ = scaling.known_rates(config, precision, machine.name)
+    job = machine.world, batch, seq_len, precision, machine.node
+    return fastest(config, machine.gpu.memory, *job, rates)
+
+
+def _of(world: int, machine: Machine) -> Machine:
+    """A machine of so many of the same GPUs."""
+    return Machine(machine.name, world, min(world, NODE))
 
 
 def _memory_of_flags(
@@ -357,7 +322,7 @@ def _memory_of_flags(
 ) -> list[str]:
     _, world, node = machine
     micro_batch = math.gcd(micro_batch, batch // world)
-    shards = () if shard == "auto" else (shard,)
+    shards = () if shard == "auto" else (shard,)  # auto: as train.py chooses, which does not ask for rates
     chosen = choose_shard(
         config, machine.gpu.memory, world, node, micro_batch, seq_len, precision, recompute, batch, shards
     )
@@ -373,11 +338,12 @@ def _memory_of_flags(
 
 def _memory_table(config: Config, machine: Machine, batch: int, seq_len: int, precision: str) -> list[str]:
     """GB by sharding and recompute (rows), and micro-batch (columns)."""
-    found = settings(config, machine.world, batch, seq_len, precision, machine.node)
+    rates, _ = scaling.known_rates(config, precision, machine.name)
+    found = settings(config, machine.world, batch, seq_len, precision, machine.node, rates=rates)
     needs: dict[tuple, float] = {}  # by what the user chooses
-    for shard, recompute, micro_batch, _, size in found:  # those that add up gradients in parts come later
-        if needs.get((shard, recompute, micro_batch), math.inf) > machine.usable:
-            needs[shard, recompute, micro_batch] = size
+    for setting in found:  # gradients whole or in parts: the fastest that fits, or else that of least memory
+        if (known := needs.get(setting[:3], math.inf)) > machine.usable:
+            needs[setting[:3]] = min(known, setting.bytes)
     lines = [
         f"GB of a rank on {machine}, {precision}; up to {machine.usable / 1e9:.1f} fit, * is more (estimated)",
         f"  {'--shard':<9}{'--recompute':<13}--micro-batch"
@@ -392,31 +358,112 @@ def _memory_table(config: Config, machine: Machine, batch: int, seq_len: int, pr
 
 
 def _suggestion(config: Config, machine: Machine, batch: int, seq_len: int, precision: str) -> list[str]:
-    best = fastest(config, machine.gpu.memory, machine.world, batch, seq_len, precision, machine.node)
-    if best:
+    if best := _best(config, machine, batch, seq_len, precision):
         return [
             f"The fastest that fits, by estimate: {best.bytes / 1e9:.1f} GB a rank. Add your other flags.",
             f"  {machine.launcher} train.py --size {config.name} {best.flags}",
         ]
-    for world in (2**i for i in range(11)):
-        node = min(world, NODE)
-        if batch % world == 0 and fastest(config, machine.gpu.memory, world, batch, seq_len, precision, node):
-            return [f"Nothing fits {machine}. The smallest that does is {world}x{machine.name}"]
+    for larger in (_of(2**i, machine) for i in range(11)):
+        if batch % larger.world == 0 and _best(config, larger, batch, seq_len, precision):
+            return [f"Nothing fits {machine}. The smallest that does is {larger}"]
     return [f"Nothing fits {machine}, nor any larger machine of these GPUs"]
 
 
-def _sizes(machine: Machine, steps: int, batch: int, seq_len: int, precision: str) -> list[str]:
-    lines = [
-        f"The fastest that fits {machine} (assumed: {ASSUMED_MFU:.0%} of the peak in products, 25 GB/s between nodes)",
-        f"  {'--size':<8}{'--shard':<9}{'--recompute':<13}{'--micro-batch':<15}{'GB a rank':>9}{'days':>10}",
-    ]
-    job, ranks = (batch, seq_len, precision), (machine.world, machine.node)
-    for name, config in SIZES.items():
-        best = fastest(config, machine.gpu.memory, machine.world, *job, machine.node)
-        if not best:
-            lines.append(f"  {name:<8}nothing fits")
-            continue
-        days = steps * step_cost(config, best, *job, *ranks) / (ASSUMED_MFU * machine.gpu.flops) / 86400
-        chosen = f"  {name:<8}{best.shard:<9}{best.recompute:<13}{best.micro_batch:<15}"
-        lines.append(f"{chosen}{best.bytes / 1e9:>9.1f}{days:>10,.1f}")
+def _rates(config: Config, machine: Machine, precision: str) -> list[str]:
+    """What the times below rest on."""
+    rates, files = scaling.known_rates(config, precision, machine.name)
+    sheet, reach = machine.gpu, scaling.LINK_REACH
+    peak = sheet.flops_fp32 if precision == "fp32" else sheet.flops
+    rows = {
+        "product": (
+            f"products {rates.product / 1e12:.0f} TFLOP/s",
+            f"{sheet.reach:.0%} of {peak / 1e12:g}, less for narrow ones",
+        ),
+        "attention": (
+            f"attention {rates.attention / 1e12:.0f} TFLOP/s",
+            f"{scaling.ATTENTION_REACH:.0%} of large products",
+        ),
+        "copy": (f"memory {rates.copy / 1e12:.2f} TB/s", f"{scaling.COPY_REACH:.0%} of {sheet.copy / 1e12:.3g}"),
+        "link": (
+            f"within a node {rates.link / 1e9:.0f} GB/s",
+            f"{reach:.0%} of {sheet.link / 1e9:.0f} of a GPU, each way",
+        ),
+        "network": (
+            f"between nodes {rates.network / 1e9:.0f} GB/s",
+            f"{reach:.0%} of {sheet.network / 1e9:.0f} of a node, each way",
+        ),
+        "host": (f"a layer queued in {1e3 * scaling.QUEUE:g} ms", "by the host; twice that backward"),
+    }
+    lines = [f"Times are estimated by scaling.py from these rates of {config.name} on {machine.name}, {precision}"]
+    for name, (rate, share) in rows.items():
+        source = f"measured (bench/results/{files[name]})" if name in files else f"assumed: {share}"
+        lines.append(f"  {rate:<32}{source}")
     return lines
+
+
+def _scaling(config: Config, machine: Machine, steps: int, batch: int, seq_len: int, precision: str) -> list[str]:
+    """The fastest setting on ever more of the same GPUs."""
+    lines = [
+        f"Scaling of {config.name} on nodes of {NODE} {machine.name}: the fastest that fits (estimated); exposed: "
+        "communication that nothing hides",
+        f"  {'GPUs':>4}  {'--shard':<9}{'--recompute':<13}{'--micro-batch':<15}{'compute ms':>10}{'exposed ms':>12}"
+        f"{'tokens/s':>13}{'MFU':>6}{'efficiency':>12}{'days':>9}{'GPU-hours':>12}",
+    ]
+    fewest = None  # tokens/s of a GPU where there are fewest
+    for more in (_of(NODE * 2**i, machine) for i in range(7)):
+        if batch % more.world:
+            continue
+        best = _best(config, more, batch, seq_len, precision)
+        if not best:
+            lines.append(f"  {more.world:>4}  nothing fits")
+            continue
+        rate = batch * seq_len / best.time.total
+        fewest = fewest or rate / more.world
+        mfu = rate / more.world * config.flops_per_token(seq_len) / machine.gpu.flops
+        days = steps * best.time.total / 86400
+        lines.append(
+            f"  {more.world:>4}  {best.shard:<9}{best.recompute:<13}{best.micro_batch:<15}"
+            f"{1e3 * best.time.compute:>10,.1f}{1e3 * best.time.exposed:>12,.1f}{rate:>13,.0f}{mfu:>6.0%}"
+            f"{rate / more.world / fewest:>12.0%}{days:>9,.2f}{24 * days * more.world:>12,.0f}"
+        )
+    return lines if len(lines) > 2 else [lines[0], f"  the {batch} rows of a batch do not divide among nodes of {NODE}"]
+
+
+def _sizes(machine: Machine, steps: int, batch: int, seq_len: int, precision: str) -> list[str]:
+    """All sizes on the machine, and the hours of Pythia's own runs beside what the model of scaling.py says of them."""
+    lines = [
+        f"All sizes on {machine}: the fastest that fits (estimated); and Pythia's own runs, in A100-40GB hours",
+        f"  {'--size':<8}{'--shard':<9}{'--recompute':<13}{'--micro-batch':<15}{'GB a rank':>9}{'days':>9}"
+        f"{'GPU-hours':>12}{'Pythia: GPUs':>16}{'published':>11}{'estimated':>11}",
+    ]
+    for name, config in SIZES.items():
+        line = f"  {name:<8}nothing fits"
+        if best := _best(config, machine, batch, seq_len, precision):
+            days = steps * best.time.total / 86400
+            line = f"  {name:<8}{best.shard:<9}{best.recompute:<13}{best.micro_batch:<15}{best.bytes / 1e9:>9.1f}"
+            line += f"{days:>9,.2f}{24 * days * machine.world:>12,.0f}"
+        if name in PYTHIA:
+            gpus, hours = PYTHIA[name]
+            line = f"{line:<75}{gpus:>16}{hours:>11,}{_pythia_hours(config):>11,.0f}"
+        lines.append(line)
+    shares = sorted(PYTHIA_STEPS * _ideal_seconds(SIZES[name]) / 3600 / hours for name, (_, hours) in PYTHIA.items())
+    lines.append(
+        f"  Published: arXiv:2304.01373; {shares[0]:.0%} to {shares[-1]:.0%} of the peak, with all layers recomputed: "
+        "the estimates should be lower."
+    )
+    if measured := [n for n in SIZES if "product" in scaling.known_rates(SIZES[n], precision, machine.name)[1]]:
+        lines.append(f"  On {machine}, products were measured for {', '.join(measured)}, and assumed for the others")
+    return lines
+
+
+def _ideal_seconds(config: Config) -> float:
+    """Of a step of Pythia's on one A100 that did nothing but its FLOPs, at the peak."""
+    return PYTHIA_BATCH * config.seq_len * config.flops_per_token() / GPUS["A100-40GB"].flops
+
+
+def _pythia_hours(config: Config) -> float:
+    """A100-40GB hours that a size would take on as many of them as Pythia had, by data sheet, at its fastest."""
+    gpus, _ = PYTHIA[config.name]
+    rates, job = scaling.assumed(config, "bf16", "A100-40GB"), (PYTHIA_BATCH, config.seq_len, "bf16")
+    best = fastest(config, GPUS["A100-40GB"].memory, gpus, *job, rates=rates)
+    return PYTHIA_STEPS * best.time.total * gpus / 3600

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import plan
+import scaling
 import train
 from errors import UserError
 from model import SIZES
@@ -266,42 +267,55 @@ def test_who_holds_what():
 # Settings
 
 
-def cost(size: str, world: int, shard: str, recompute: str, micro_batch: int = 4, whole: bool = True) -> float:
-    setting = plan.Setting(shard, recompute, micro_batch, whole, 0)
-    return plan.step_cost(SIZES[size], setting, 1024, 2048, "bf16", world, min(world, 8))
-
-
-def test_recompute_costs_a_forward_pass():
-    weights = SIZES["1.4b"].layers * 12 * 2048**2  # of the layers' products: 2 FLOPs each and token
-    forward = 1024 * 2048 * (2 * weights + 24 * 4 * 2048 * 2048)  # and scores and values of attention
-    assert cost("1.4b", 1, "none", "full") - cost("1.4b", 1, "none", "none") == pytest.approx(forward, rel=1e-3)
-    assert cost("1.4b", 1, "none", "none") < cost("1.4b", 1, "none", "cheap") < cost("1.4b", 1, "none", "full")
+def seconds(size: str, world: int, shard: str, recompute: str, micro_batch: int = 4, whole: bool = True) -> float:
+    micro_steps, node = 1024 // (world * micro_batch), min(world, 8)
+    rates = scaling.assumed(SIZES[size], "bf16", "A100-80GB")
+    args = micro_batch, 2048, "bf16", recompute, shard, world, node, micro_steps, whole
+    return scaling.step_time(SIZES[size], rates, *args).total
 
 
 def test_traffic_has_a_price():
-    on_a_node = [cost("1.4b", 8, shard, "none") for shard in ("grad", "none", "full")]
+    on_a_node = [seconds("1.4b", 8, shard, "none") for shard in ("grad", "none", "full")]
     assert on_a_node == sorted(on_a_node)
-    assert cost("12b", 32, "hybrid", "none") < cost("12b", 32, "full", "none")  # within a node links are fast
     for shard in ("grad", "full"):
-        assert cost("12b", 8, shard, "none") < cost("12b", 8, shard, "none", whole=False)
-        assert cost("12b", 8, shard, "none", micro_batch=8) < cost("12b", 8, shard, "none", micro_batch=4)
+        assert seconds("12b", 8, shard, "none") < seconds("12b", 8, shard, "none", whole=False)
+        assert seconds("12b", 8, shard, "none", micro_batch=8) < seconds("12b", 8, shard, "none", micro_batch=4)
+
+
+def test_settings_of_12b_on_a_node_of_a100():
+    config = SIZES["12b"]
+    rates = scaling.assumed(config, "bf16", "A100-80GB")
+    found = plan.settings(config, 8, 1024, 2048, "bf16", rates=rates)
+    assert [s.time.total for s in found] == sorted(s.time.total for s in found)
+    at = {setting[:4]: i for i, setting in enumerate(found)}
+    assert found[0][:2] == ("grad", "none")
+    for micro_batch in plan.MICRO_BATCHES:
+        order = [at["grad", recompute, micro_batch, True] for recompute in ("none", "cheap", "full")]
+        assert order == sorted(order)
+        assert at["grad", "cheap", micro_batch, True] < at["full", "cheap", micro_batch, True]
+        if micro_batch > 1:  # a second forward pass costs more than weights that are fetched twice
+            assert at["full", "none", micro_batch, True] < at["grad", "full", micro_batch, True]
+    best = plan.fastest(config, 80e9, 8, 1024, 2048, "bf16", rates=rates)
+    assert best.recompute != "full"
+    assert best.bytes < 0.92 * 80e9
 
 
 @pytest.mark.parametrize("size", ["160m", "2.8b", "12b"])
 def test_fastest(size):
-    config, costs = SIZES[size], []
+    config, times = SIZES[size], []
     for gigabytes in (10_000, 141, 80, 40, 24, 8):
         best = plan.fastest(config, gigabytes * 1e9, 8, 1024, 2048, "bf16")
         if best is None:
-            costs.append(float("inf"))
+            times.append(float("inf"))
             continue
         assert best.bytes <= 0.92 * gigabytes * 1e9
         args = best.micro_batch, 2048, "bf16", best.recompute, best.shard, 8, 8, 1024 // (8 * best.micro_batch)
         assert sum(plan.memory(config, *args, best.whole_gradients).values()) == best.bytes
-        costs.append(cost(size, 8, best.shard, best.recompute, best.micro_batch, best.whole_gradients))
+        assert scaling.step_time(config, scaling.assumed(config, "bf16"), *args, best.whole_gradients) == best.time
+        times.append(best.time.total)
         if gigabytes == 10_000:
             assert (best.shard, best.recompute, best.whole_gradients) == ("grad", "none", True)
-    for more, less in pairwise(costs):
+    for more, less in pairwise(times):
         assert more <= 1.02 * less  # less memory is never better
 
 
@@ -360,9 +374,8 @@ def test_peak_of_devices(monkeypatch):
 )
 def test_text(size, machine, monkeypatch):
     lines = plan.plan(SIZES[size], 143_000, 1024, 8, 2048, "bf16", "none", plan_for=machine).split("\n")
-    assert len(lines) <= 60
-    assert max(map(len, lines)) <= 110
-    assert sum(line.split()[0] in SIZES for line in lines[-10:]) == 10
+    assert len(lines) <= 70
+    assert max(map(len, lines)) <= 120
     if size == "6.9b":
         assert "Nothing fits 1x4090. The smallest that does is 8x4090" in lines
         return
@@ -372,5 +385,57 @@ def test_text(size, machine, monkeypatch):
     assert world == int((machine or "8xH100").split("x")[0])
     monkeypatch.setenv("WORLD_SIZE", str(world))
     s = train.parse(shlex.split(flags.split("\n")[0]))  # the line works
-    best = plan.fastest(SIZES[size], plan.parse_machine(machine, 1024).gpu.memory, world, 1024, 2048, "bf16")
+    m = plan.parse_machine(machine, 1024)
+    rates, _ = scaling.known_rates(SIZES[size], "bf16", m.name)
+    best = plan.fastest(SIZES[size], m.gpu.memory, world, 1024, 2048, "bf16", rates=rates)
     assert (s.size, s.shard, s.recompute, s.micro_batch) == (size, *best[:3])
+
+
+def table(lines: list[str], title: str) -> list[list[str]]:
+    """The rows below a title and a header."""
+    first = next(i for i, line in enumerate(lines) if line.startswith(title)) + 2
+    return [line.replace(",", "").split() for line in lines[first : [*lines, ""].index("", first)]]
+
+
+def test_numbers_of_scaling_belong_together():
+    config = SIZES["12b"]
+    text = plan.plan(config, 143_000, 1024, 8, 2048, "bf16", "none", plan_for="8x4090")
+    rows = table(text.split("\n"), "Scaling of 12b on nodes of 8 4090")
+    assert [int(row[0]) for row in rows] == [8, 16, 32, 64, 128, 256, 512]
+    assert rows[0][1:] == ["nothing", "fits"]
+    first = next(row for row in rows if "fits" not in row)
+    for world, shard, recompute, micro_batch, *numbers in (row for row in rows if "fits" not in row):
+        world = int(world)
+        compute, exposed, rate, mfu, efficiency, days, hours = (float(x.rstrip("%")) for x in numbers)
+        assert rate == pytest.approx(1024 * 2048 / (1e-3 * (compute + exposed)), rel=1e-3)
+        assert mfu == pytest.approx(100 * rate * config.flops_per_token() / (world * 165e12), abs=0.51)
+        assert efficiency == pytest.approx(100 * rate / world / (float(first[6]) / int(first[0])), abs=0.51)
+        assert days == pytest.approx(299_892_736_000 / rate / 86400, rel=1e-3, abs=0.006)
+        assert hours == pytest.approx(24 * days * world, rel=1e-3, abs=24 * 0.006 * world)
+        assert shard in plan.SHARDS
+        assert recompute in plan.KEPT
+        assert world * int(micro_batch) <= 1024
+    assert "do not divide" in plan.plan(config, 10, 12, 1, 2048, "bf16", "none")
+
+
+def test_published_hours_are_above_the_estimates():
+    """Pythia's hours as published, and estimates for the same machines: more than ideal, less than theirs."""
+    rows = table(plan.plan(SIZES["14m"], 10, 64, 8, 512, "bf16", "none").split("\n"), "All sizes on 8xH100")
+    assert [row[0] for row in rows[:10]] == list(SIZES)
+    published = {row[0]: (int(row[-3]), int(row[-2]), int(row[-1])) for row in rows[2:10]}
+    assert [hours for _, hours, _ in published.values()] == [510, 1030, 2540, 4830, 7120, 14240, 33500, 72300]
+    assert [gpus for gpus, _, _ in published.values()] == [32, 32, 32, 64, 64, 64, 128, 256]
+    for size, (_, hours, estimate) in published.items():
+        ideal = 299_892_736_000 * SIZES[size].flops_per_token() / 312e12 / 3600
+        assert 1.2 * ideal < estimate < hours
+
+
+def test_text_tells_what_was_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling, "RESULTS", tmp_path)
+    result = {"gpu": "NVIDIA H100 80GB HBM3", "copy_bytes_per_s": 2.9e12, "product_flops_per_s": {"1b": 601e12}}
+    (tmp_path / "roofline-h100.json").write_text(json.dumps(result))
+    lines = plan.plan(SIZES["1b"], 10, 64, 8, 2048, "bf16", "none").split("\n")
+    for rate in ("products 601 TFLOP/s", "memory 2.90 TB/s"):
+        assert any(rate in line and line.endswith("measured (bench/results/roofline-h100.json)") for line in lines)
+    assert sum("assumed: " in line for line in lines) == 4
+    assert lines[-1] == "  On 8xH100, products were measured for 1b, and assumed for the others"
