@@ -4,9 +4,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 
+from bench.ceilings import machine
 from bench.kernel_peers import setting
 from bench.kernel_report import table
-from bench.step import machine
 
 CASES = pytest.StashKey[list[dict]]()
 
@@ -33,7 +33,7 @@ def pytest_report_header() -> str:
 
 def pytest_benchmark_update_machine_info(machine_info: dict) -> None:
     machine_info["tripod"] = machine(setting().device)
-    for package in ("triton", "liger-kernel", "flash-attn"):
+    for package in ("triton", "flash-attn"):
         try:
             machine_info["tripod"]["versions"][package] = version(package)
         except PackageNotFoundError:

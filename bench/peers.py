@@ -1,4 +1,5 @@
-"""The networks that a user would pick instead: Pythia of transformers, of litgpt, and in plain torch after nanoGPT.
+"""The networks that a user would pick instead: Pythia of transformers, of litgpt, in plain torch after nanoGPT, and the
+last with the Triton kernels of Liger.
 
 Each is built with *our* weights, so that equal losses and gradients prove that equal networks are compared. A peer is
 fed as its own training loop feeds it: transformers and nanoGPT compute the loss inside the module, and so inside what
@@ -16,18 +17,22 @@ from kernels import rotary_tables
 from model import Config, Pythia
 from model.huggingface import huggingface_name, published_config
 
-PACKAGES = {"hf": "transformers", "litgpt": "litgpt", "plain": "torch"}  # what a peer needs
+PACKAGES = {"hf": "transformers", "litgpt": "litgpt", "liger": "liger_kernel", "plain": "torch"}  # what a peer needs
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]  # (network, tokens, targets [batch, seq]) -> mean loss in nats
 
 
-def installed(peer: str) -> bool:
-    return find_spec(PACKAGES[peer]) is not None
+def obstacle(peer: str) -> str:
+    """Why a peer can not run here; nothing if it can."""
+    if find_spec(PACKAGES[peer]) is None:
+        return "not installed"
+    return "needs a GPU" if peer == "liger" and not torch.cuda.is_available() else ""
 
 
 def build_peer(peer: str, ours: Pythia) -> tuple[nn.Module, Loss]:
-    """The network of a peer, on the CPU, with a copy of our weights, and how it is asked for its loss."""
-    network, name, loss = {"hf": _hf, "litgpt": _litgpt, "plain": _plain}[peer](ours.config)
+    """The network of a peer, where ours is, with a copy of our weights, and how it is asked for its loss."""
+    with ours.embed.device:  # as a CPU would take minutes to draw the initial weights of a large one
+        network, name, loss = {"hf": _hf, "litgpt": _litgpt, "liger": _liger, "plain": _plain}[peer](ours.config)
     theirs = dict(network.named_parameters())
     with torch.no_grad():
         for our_name, parameter in ours.named_parameters():
@@ -135,7 +140,8 @@ class Plain(nn.Module):
         self.blocks = nn.ModuleList(PlainBlock(config) for _ in range(config.layers))
         self.final_norm = nn.LayerNorm(config.hidden, eps=config.eps)
         self.unembed = nn.Linear(config.hidden, config.vocab, bias=False)
-        tables = rotary_tables(config.seq_len, config.rotary_dim, config.rotary_base, torch.float32, "cpu")
+        device = self.embed.weight.device
+        tables = rotary_tables(config.seq_len, config.rotary_dim, config.rotary_base, torch.float32, device)
         for table, values in zip(("cos", "sin"), tables):  # [seq_len, rotary_dim], both halves alike
             self.register_buffer(table, torch.cat((values, values), dim=-1), persistent=False)
 
@@ -144,8 +150,11 @@ class Plain(nn.Module):
         cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x, cos, sin)
-        logits = self.unembed(self.final_norm(x))  # [batch, seq, vocab]
-        return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
+        return self.loss(self.final_norm(x).flatten(0, 1), targets.flatten())
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """x [tokens, hidden], targets [tokens] -> the mean cross-entropy."""
+        return F.cross_entropy(self.unembed(x), targets)
 
 
 def rotate_half(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -155,8 +164,28 @@ def rotate_half(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((rotated * cos + torch.cat((-b, a), dim=-1) * sin, rest), dim=-1).to(t.dtype)
 
 
-def _plain(config: Config) -> tuple[nn.Module, Callable[[str], str], Loss]:
-    def name(ours: str) -> str:
-        return ours + ".weight" if ours in ("embed", "unembed") else ours
+def _plain_name(ours: str) -> str:
+    return ours + ".weight" if ours in ("embed", "unembed") else ours
 
-    return Plain(config), name, lambda network, x, y: network(x, y)
+
+def _plain(config: Config) -> tuple[nn.Module, Callable[[str], str], Loss]:
+    return Plain(config), _plain_name, lambda network, x, y: network(x, y)
+
+
+# The same with what Liger-Kernel has for such a network: LayerNorm, and unembedding with cross-entropy
+
+
+def _liger(config: Config) -> tuple[nn.Module, Callable[[str], str], Loss]:
+    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+    from liger_kernel.transformers.layer_norm import LigerLayerNorm
+
+    network, loss_of = Plain(config), LigerFusedLinearCrossEntropyLoss()
+
+    def norm() -> nn.Module:
+        return LigerLayerNorm(config.hidden, eps=config.eps, bias=True)
+
+    for block in network.blocks:
+        block.norm1, block.norm2 = norm(), norm()
+    network.final_norm = norm()
+    network.loss = lambda x, targets: loss_of(network.unembed.weight, x, targets)
+    return network, _plain_name, lambda network, x, y: network(x, y)

@@ -1,0 +1,192 @@
+"""From the JSON of a measurement to text: the table of bench.step, and the one of README.md.
+
+    python -m bench.report             write README.md's table from the files of bench/results/
+    python -m bench.report --check     fail if it does not say what they say
+
+No number is in them that is not in a file, or computed from some that are.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from bench.peers import PACKAGES
+from errors import Parser, UserError, run_command
+from model import SIZES
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+BEGIN, END = "<!-- by python -m bench.report -->", "<!-- end -->"
+
+
+def shares(report: dict, tokens_per_s: float) -> dict[str, float]:
+    """Of what the machine could do, by what it is measured: "MFU" of the data sheet, where it is known, "of GEMM" of
+    the large product that was measured in the same run; both again with only causal attention credited."""
+    flops, causal = report["flops_per_token"], report["flops_per_token_causal"]
+    peak, product = report["peak_flops_per_s"], report["gemm_flops_per_s"]
+    sheet = {"MFU": flops / peak, "causal MFU": causal / peak} if peak else {}
+    found = {**sheet, "of GEMM": flops / product, "causal": causal / product}
+    return {name: share * tokens_per_s for name, share in found.items()}
+
+
+# bench.step
+
+
+def step_table(report: dict, allocator: str) -> str:
+    """One line an arm of what bench.step has written, and below what disturbed the measurements."""
+    records, gpu = report["runs"][allocator], report["machine"]["gpu"]
+    ours = records["tripod"] if "summary" in records["tripod"] else None
+    rows, notes, threads = [], [], {}
+    for name, record in records.items():
+        if "summary" not in record:
+            notes.append(f"{name:<16}{record['missing']}")
+            continue
+        if "stopped" in record:
+            notes.append(f"{name:<16}stopped early: {record['stopped']}")
+        m, peak, calls = record["summary"], record["peak_bytes"], record.get("calls") or {}
+        threads[record["threads"]] = None
+        row = {
+            "arm": name + "*" * bool(m["disturbed_kept"]),
+            "tokens/s": f"{m['tokens_per_s']:,.0f}",
+            "min..max": f"{m['tokens_per_s_min']:,.0f}..{m['tokens_per_s_max']:,.0f}",
+            "ms/step": f"{1e3 * m['seconds_per_step']:,.1f}",
+            "first s": f"{m['first_step_seconds']:.1f}",
+            "tripod/arm": f"{ours['summary']['tokens_per_s'] / m['tokens_per_s']:.3f}" if ours else "",
+            "peak MB": f"{peak / 1e6:,.0f}",
+            "tripod's": f"{ours['peak_bytes'] / peak:.0%}" if ours else "",
+        }
+        if gpu:
+            row |= {name: f"{calls[name]:,}" if name in calls else "?" for name in ("launches", "syncs")}
+        else:
+            row |= {"faults/step": f"{m['page_faults_per_step']:,.0f}"}
+        rows.append(row | {name: f"{share:.1%}" for name, share in shares(report, m["tokens_per_s"]).items()})
+    lines = [*aligned(rows), *notes]
+    summaries = [record["summary"] for record in records.values() if "summary" in record]
+    if not gpu:
+        total, bad, kept = (sum(m[key] for m in summaries) for key in ("measurements", "disturbed", "disturbed_kept"))
+        lines.append(
+            f"{' or '.join(map(str, threads))} threads; of {total} measurements {bad} were disturbed by other "
+            f"processes; {kept} of these had to be kept (*)"
+        )
+    drifts = {name: record.get("summary", {}).get("second_pass_over_first") for name, record in records.items()}
+    if drifts := [f"{name} {drift:+.1%}" for name, drift in drifts.items() if drift is not None]:
+        lines.append("second pass over first: " + ", ".join(drifts))
+    return "\n".join(lines)
+
+
+def aligned(rows: list[dict[str, str]]) -> list[str]:
+    """Lines of a table whose rows map headings to cells; the first column to the left, the others to the right."""
+    if not rows:
+        return []
+    cells = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    first, *others = widths
+    return [
+        "  ".join([f"{line[0]:<{first}}", *(f"{cell:>{width}}" for cell, width in zip(line[1:], others))])
+        for line in cells
+    ]
+
+
+# README.md
+
+
+def results(folder: Path) -> dict[Path, dict]:
+    """What bench.step has written in a folder and those in it, by file: GPUs first, then by machine and size.
+
+    Raises UserError on a damaged file.
+    """
+    found = {}
+    for path in sorted(folder.rglob("*.json")):
+        try:
+            report = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}): remove it, or measure again") from None
+        if "runs" in report and any("summary" in records["tripod"] for records in report["runs"].values()):
+            found[path] = report
+    sizes = list(SIZES)
+
+    def key(path: Path) -> tuple:
+        machine, settings = found[path]["machine"], found[path]["settings"]
+        return not machine["gpu"], machine["gpu"] or machine["cpu"], sizes.index(settings["size"]), path
+
+    return {path: found[path] for path in sorted(found, key=key)}
+
+
+def readme_table(found: dict[Path, dict], base: Path) -> str:
+    """The table of README.md, a line for each comparison: every number in it is of the file that the line links to."""
+    asked = {peer for report in found.values() for peer in report["settings"]["against"]}
+    peers = [peer for peer in PACKAGES if peer in asked]
+    head = ("machine", "Pythia", "tokens a step", "tokens/s", *peers, "MFU", "memory", "file")
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for path, report in found.items():
+        machine, settings = report["machine"], report["settings"]
+        name = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
+        job = f"{settings['batch']} x {settings['seq_len']}, {settings['precision']}"
+        for allocator, records in report["runs"].items():
+            if "summary" not in (ours := records["tripod"]):
+                continue
+            rate = ours["summary"]["tokens_per_s"]
+            cells = [
+                name + (", glibc tuned" if allocator == "tuned" and not machine["gpu"] else ""),
+                settings["size"],
+                job,
+                f"{rate:,.0f}",
+                *(_times(records, peer, rate) for peer in peers),
+                _share(report, rate),
+                _memory(records),
+                f"[{path.name}]({path.relative_to(base).as_posix()})",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _times(records: dict[str, dict], peer: str, rate: float) -> str:
+    """How many times as long as Tripod a peer takes, eager and compiled."""
+
+    def times(name: str) -> str:
+        if name not in records:
+            return "–"
+        if "summary" in records[name]:
+            return f"{rate / records[name]['summary']['tokens_per_s']:.2f}"
+        return "no memory" if records[name]["missing"] == "out of memory" else "–"
+
+    found = times(peer), times(f"{peer}+compile")
+    return "–" if found == ("–", "–") else " / ".join(found)
+
+
+def _share(report: dict, rate: float) -> str:
+    share = shares(report, rate)
+    if "MFU" in share:
+        return f"{share['MFU']:.0%} ({share['causal MFU']:.0%})"
+    return f"{share['of GEMM']:.0%} ({share['causal']:.0%}) of GEMM"
+
+
+def _memory(records: dict[str, dict]) -> str:
+    ours = records["tripod"]["peak_bytes"]
+    theirs = [r["peak_bytes"] / ours for name, r in records.items() if "summary" in r and not name.startswith("tripod")]
+    beside = f", theirs {min(theirs):.1f} to {max(theirs):.1f} times" if theirs else ""
+    return f"{ours / 1e9:.1f} GB{beside}"
+
+
+def main() -> None:
+    parser = Parser(prog="bench.report", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if README.md would change")
+    check, readme = parser.parse_args(sys.argv[1:]).check, ROOT / "README.md"
+    old = readme.read_text()
+    new = replace_table(old, readme_table(results(RESULTS), ROOT))
+    if check and new != old:
+        raise UserError("README.md does not say what bench/results does: run python -m bench.report")
+    if not check:
+        readme.write_text(new)
+
+
+def replace_table(text: str, table: str) -> str:
+    """The text with the table between its two marks. Raises UserError unless each is there once."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise UserError(f"README.md needs one {BEGIN} and one {END} with the table of speeds between them")
+    return re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n\n{table}\n\n{END}", text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    run_command(main)

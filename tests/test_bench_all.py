@@ -1,0 +1,212 @@
+"""bench.all runs pieces once, and the rest when one fails; bench.report says what the files say."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from bench.all import Piece, counts, parse, pieces, run_all, summary
+from bench.peers import PACKAGES
+from bench.report import BEGIN, END, RESULTS, ROOT, readme_table, replace_table, results, step_table
+from errors import UserError
+
+MAKER = {"code": "abc", "machine": {"gpu": "GPU"}}
+
+
+def piece(name: str, script: str, seconds: float = 60) -> Piece:
+    return Piece(name, seconds, (sys.executable, "-c", script, "{json}"))
+
+
+@pytest.fixture
+def good(tmp_path):
+    """A piece that also notes every run of it in a file."""
+    return piece(
+        "good", f"import sys; open(sys.argv[1], 'w').write('[]'); open({str(tmp_path / 'runs')!r}, 'a').write('x')"
+    )
+
+
+def test_a_piece_runs_once(good, tmp_path):
+    def run(maker=MAKER, again=frozenset()) -> tuple[str, int]:
+        state = run_all([good], tmp_path, maker, again)["good"]["state"]
+        return state, len((tmp_path / "runs").read_text())
+
+    assert run() == ("done", 1)
+    assert run() == ("had", 1)
+    assert run(again={"good"}) == ("done", 2)
+    assert run(maker=MAKER | {"code": "edited"}) == ("done", 3)
+    assert run() == ("done", 4)  # made by other code
+    (tmp_path / "good.json").write_text("[")
+    assert run() == ("done", 5)  # damaged
+    (tmp_path / "good.json").unlink()
+    assert run() == ("done", 6)
+    assert run() == ("had", 6)
+
+
+def test_the_others_go_on(good, tmp_path):
+    todo = [
+        piece("broken", "print('a'); raise SystemExit('out of luck')"),
+        Piece("elsewhere", 0, obstacle="needs a GPU"),
+        piece("silent", "print('what I do', end='\\r'); print('nothing')"),
+        good,
+    ]
+    (tmp_path / "broken.json").write_text("of an earlier run")
+    records = run_all(todo, tmp_path, MAKER, set())
+    assert [record["state"] for record in records.values()] == ["failed", "left out", "failed", "done"]
+    assert records["broken"]["why"] == "exit status 1: out of luck"
+    assert records["silent"]["why"] == "wrote no silent.json: nothing"
+    assert not (tmp_path / "broken.json").exists()
+    lines = summary(records)
+    assert lines[0].split() == ["piece", "state", "seconds"]
+    assert lines[2].split() == ["elsewhere", "left", "out", "needs", "a", "GPU"]
+    assert run_all(todo, tmp_path, MAKER, set())["broken"]["state"] == "failed"  # it was tried again
+
+
+def test_a_piece_ends_at_its_limit_with_all_that_it_started(tmp_path):
+    child = f"import time; time.sleep(2); open({str(tmp_path / 'alive')!r}, 'w')"
+    script = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    records = run_all([piece("endless", script, seconds=1)], tmp_path, MAKER, set())
+    assert records["endless"]["why"].startswith("took longer than 1 seconds")
+    time.sleep(2.5)
+    assert not (tmp_path / "alive").exists()
+
+
+def test_a_damaged_index_is_named(tmp_path):
+    (tmp_path / "all.json").write_text("{")
+    with pytest.raises(UserError, match=r"all\.json is damaged"):
+        run_all([], tmp_path, MAKER, set())
+
+
+def test_tests_are_counted(tmp_path):
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n"
+        "def test_good(): pass\n"
+        "def test_bad(): assert False\n"
+        "def test_skipped(): pytest.skip()\n"
+        "@pytest.fixture\n"
+        "def broken(): raise ValueError\n"
+        "def test_error(broken): pass\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "--rootdir", str(tmp_path), "--junitxml", str(tmp_path / "a.xml")]
+    subprocess.run([*command, str(tmp_path)], cwd=tmp_path, capture_output=True, timeout=60)
+    found = counts(tmp_path / "a.xml")
+    assert (found["passed"], found["skipped"]) == (1, 1)
+    assert found["failed"] == ["test_some::test_bad", "test_some::test_error"]
+
+
+def test_ten_minutes_on_an_h100():
+    h100 = {piece.name: piece for piece in pieces(85e9)}
+    assert sum(piece.seconds for piece in h100.values()) <= 600
+    assert "by the plan" in h100["step-6.9b"].obstacle
+    assert list(h100)[:3] == ["correctness", "roofline", "kernels"]
+    assert all(piece.command for name, piece in h100.items() if name != "step-6.9b")
+    assert h100["step-160m"].command[h100["step-160m"].command.index("--batch") + 1] == "8"
+    h200 = {piece.name: piece for piece in pieces(150e9)}
+    assert not h200["step-6.9b"].obstacle
+    assert pieces(None)[0] == Piece("correctness", 0, obstacle="needs a GPU")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "one,three"], "know one, two, not three"),
+        (["--patience", "0"], "--patience must be positive, not 0"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(UserError, match=message):
+        parse(arguments, ["one", "two"])
+
+
+@pytest.mark.slow
+def test_command(tmp_path):
+    command = [sys.executable, "-m", "bench.all", "--out", str(tmp_path), "--only", "correctness,step-14m"]
+    for state in ("done", "had"):
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+        assert run.returncode == 0, run.stdout + run.stderr
+        assert [line.split()[1] for line in run.stdout.splitlines()[1:3]] == ["left", state]
+    assert json.loads((tmp_path / "step-14m.json").read_text())["runs"]["tuned"]["tripod"]["summary"]
+
+
+# bench.report
+
+
+def report(size: str, gpu: str | None, **arms) -> dict:
+    """What bench.step would write: arms are (tokens/s, peak GB), or the reason why one is missing."""
+
+    def record(arm: tuple | str) -> dict:
+        if isinstance(arm, str):
+            return {"missing": arm}
+        rate, peak = arm
+        keys = "tokens_per_s tokens_per_s_min tokens_per_s_max seconds_per_step first_step_seconds page_faults_per_step"
+        found = dict.fromkeys(keys.split(), float(rate)) | {"measurements": 3, "disturbed": 0, "disturbed_kept": 0}
+        calls = {"launches": 1234, "syncs": 1} if gpu else None
+        return {"summary": found, "peak_bytes": peak * 1e9, "threads": 2, "calls": calls}
+
+    peers = [name for name in arms if name in PACKAGES]
+    return {
+        "settings": {"size": size, "against": peers, "batch": 8, "seq_len": 2048, "precision": "bf16"},
+        "machine": {"gpu": gpu, "cpu": "A CPU", "cores": 2},
+        "gemm_flops_per_s": 800.0,
+        "peak_flops_per_s": 1000.0 if gpu else None,
+        "flops_per_token": 4.0,
+        "flops_per_token_causal": 3.0,
+        "runs": {"tuned": {name.replace("_", "+"): record(arm) for name, arm in arms.items()}},
+    }
+
+
+GPU = report(
+    "160m", "H100", tripod=(100, 5), hf=(40, 10), hf_compile=(80, 4), litgpt="out of memory", plain="not installed"
+)
+
+
+def test_table_of_a_step_on_a_gpu():
+    lines = [" ".join(line.split()) for line in step_table(GPU, "tuned").splitlines()]
+    assert lines[0].endswith("tripod/arm peak MB tripod's launches syncs MFU causal MFU of GEMM causal")
+    assert lines[1].endswith("1.000 5,000 100% 1,234 1 40.0% 30.0% 50.0% 37.5%")
+    assert "2.500 10,000 50%" in lines[2]
+    assert lines[-2:] == ["litgpt out of memory", "plain not installed"]
+
+
+def test_table_without_ours():
+    text = step_table(report("14m", None, tripod="out of memory", hf=(40, 10)), "tuned")
+    assert "tripod          out of memory" in text
+    assert "40..40" in text
+    assert "faults/step" in text
+
+
+def test_readme_says_what_the_files_say(tmp_path):
+    (tmp_path / "h100").mkdir()
+    files = {
+        "cpu.json": report("70m", None, tripod=(2000, 1), hf=(1000, 3)),
+        "h100/big.json": report("1.4b", "H100", tripod=(10, 5)),
+        "h100/small.json": GPU,
+        "roofline.json": {"rows": []},
+        "failed.json": report("14m", None, tripod="out of memory", hf=(40, 10)),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    lines = readme_table(results(tmp_path), tmp_path).splitlines()
+    assert lines[0] == "| machine | Pythia | tokens a step | tokens/s | hf | litgpt | plain | MFU | memory | file |"
+    assert lines[2:] == [
+        "| H100 | 160m | 8 x 2048, bf16 | 100 | 2.50 / 1.25 | no memory / – | – | 40% (30%) "
+        "| 5.0 GB, theirs 0.8 to 2.0 times | [small.json](h100/small.json) |",
+        "| H100 | 1.4b | 8 x 2048, bf16 | 10 | – | – | – | 4% (3%) | 5.0 GB | [big.json](h100/big.json) |",
+        "| A CPU, 2 cores, glibc tuned | 70m | 8 x 2048, bf16 | 2,000 | 2.00 / – | – | – | 1000% (750%) of GEMM "
+        "| 1.0 GB, theirs 3.0 to 3.0 times | [cpu.json](cpu.json) |",
+    ]
+    (tmp_path / "cpu.json").write_text("{")
+    with pytest.raises(UserError, match=r"cpu\.json is damaged"):
+        results(tmp_path)
+
+
+def test_only_what_is_between_the_marks_is_replaced():
+    assert replace_table(f"a\n{BEGIN}\nold\n{END}\nb", r"new \1") == f"a\n{BEGIN}\n\nnew \\1\n\n{END}\nb"
+    with pytest.raises(UserError, match=r"README\.md needs one"):
+        replace_table("no marks", "new")
+
+
+def test_our_readme_is_up_to_date():
+    text = (ROOT / "README.md").read_text()
+    assert replace_table(text, readme_table(results(RESULTS), ROOT)) == text, "run python -m bench.report"
