@@ -66,10 +66,10 @@ def pieces(gpu_memory: float | None) -> list[Piece]:
             *(step(size, 120, *small) for size in ("14m", "70m")),
         ]
     return [
-        Piece("correctness", 100, python("pytest", "-m", "gpu", "-v", "--junitxml", "{junit}")),
-        Piece("roofline", 60, (*roofline, "--size", "160m,1.4b")),
-        Piece("kernels", 150, kernels),
-        *(step_that_fits(size, 75 if size in COMPILED else 28, gpu_memory) for size in SIZES_OF_STEPS),
+        Piece("correctness", 150, python("pytest", "-m", "gpu", "-v", "--junitxml", "{junit}")),
+        Piece("roofline", 50, (*roofline, "--size", "160m,1.4b")),
+        Piece("kernels", 120, kernels),
+        *(step_that_fits(size, 60 if size in COMPILED else 32, gpu_memory) for size in SIZES_OF_STEPS),
     ]
 
 
@@ -87,7 +87,8 @@ def step_that_fits(size: str, seconds: float, gpu_memory: float) -> Piece:
         if needed <= plan.USABLE * gpu_memory:
             eager = () if size in COMPILED else ("--no-compile",)
             against = "plain,liger,hf,litgpt"  # if the time is over too early, it is for the last
-            return step(size, seconds, "--batch", f"{batch}", "--recompute", recompute, "--against", against, *eager)
+            shape = "--batch", f"{batch}", "--recompute", recompute, "--rounds", "3"
+            return step(size, seconds, *shape, "--against", against, *eager)
         least = min(least, needed)
     lack = f"takes {least / 1e9:.0f} GB by the plan, {plan.USABLE * gpu_memory / 1e9:.0f} can be used"
     return Piece(f"step-{size}", 0, obstacle=lack)
