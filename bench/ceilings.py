@@ -23,8 +23,8 @@ from bench.peers import PACKAGES
 from kernels.linear import product
 
 WARM_UP = 2  # rounds that do not count
-ROUNDS = 5  # that count, at least
-SHORTEST = 0.2  # seconds of all rounds, at least: the kernel counts foreign CPU time in ticks of 10 ms
+ROUNDS = {"cuda": 10, "cpu": 5}  # that count, at least
+SHORTEST = {"cuda": 0.0, "cpu": 0.2}  # seconds of all rounds: the kernel counts foreign CPU time in ticks of 10 ms
 FOREIGN = 0.06  # share of all CPU time that other processes may take in a measurement before it is made again
 ATTEMPTS = 3  # of a measurement
 
@@ -120,7 +120,7 @@ def measure(
 
     def rounds() -> list[float]:
         seconds, began = [], time.perf_counter()
-        while len(seconds) < ROUNDS or time.perf_counter() - began < SHORTEST:
+        while len(seconds) < ROUNDS[device.type] or time.perf_counter() - began < SHORTEST[device.type]:
             arguments = setup()
             flush()
             start = now()
