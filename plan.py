@@ -16,8 +16,7 @@ import scaling
 from errors import UserError
 from kernels.cross_entropy import TRITON_CHUNK
 from model import SIZES, Config
-from scaling import GPU, GPUS, NODE, PYTHIA, PYTHIA_BATCH, PYTHIA_STEPS, Rates, StepTime
-from scaling import parts_of as _parts
+from scaling import GPU, GPUS, NODE, PYTHIA, PYTHIA_BATCH, PYTHIA_STEPS, Rates, StepTime, parts_of
 
 USABLE = 0.92  # of a GPU's memory: the rest is for CUDA, the network's buffers, and gaps between tensors
 
@@ -107,24 +106,24 @@ def memory(
     unit = tokens * config.hidden * width  # a tensor [tokens, hidden]
     block, table = config.layer_parameters, config.vocab * config.hidden
     root = config.parameters - config.layers * block  # embedding, unembedding, final norm: FSDP's last group
-    parts, ranks, several = _parts(shard, world, node), world > 1, micro_steps > 1
+    parts, ranks, several = parts_of(shard, world, node), world > 1, micro_steps > 1
     own = 4 * config.parameters / parts  # bytes of float32 weights, or gradients, of a rank
     kept = KEPT[recompute] * unit
 
+    keeps = shard in ("none", "grad")  # the weights of all layers, once they are here
     if ranks:
-        resident = config.parameters if shard in ("none", "grad") else root + 2 * block  # full: this layer and the next
-        cast = width * resident  # also in float32: FSDP copies
+        cast = width * (config.parameters if keeps else root + 2 * block)  # this layer and the next; FSDP always copies
     else:
-        cast = 0 if width == 4 else width * block * (config.layers if recompute == "none" else 1)  # backward reads them
+        cast = 0 if width == 4 else width * block * config.layers
     activations = config.layers * kept
     earlier = 0  # gradients that are there when a backward pass starts
     if several:
         earlier = own if ranks and not whole_gradients else 4 * config.parameters
 
-    # In the loss: forward a chunk of logits, what the last layer hands on and its norm, and the gradients of
-    # unembedding and input; backward these gradients, autograd's zeros for both, and both once more, scaled.
+    # In the loss: forward a chunk of logits, what the last layer hands on and its norm, the gradients of unembedding
+    # and input, and FSDP's buffer of the last layer; backward these gradients, and both once more, scaled.
     chunk = min(tokens, TRITON_CHUNK) * config.vocab * width
-    loss = max(chunk + 6 * table + 5 * unit, 12 * table + 4 * unit)
+    loss = max(chunk + 6 * table + 5 * unit + width * block * (ranks and keeps), 8 * table + 3 * unit)
 
     # In the backward pass of a layer, the last or the first: around GELU 5 units more than are kept, and gradients.
     # FSDP holds those of a layer in half precision until it has float32 ones to send, and what comes back; copies are
@@ -146,11 +145,12 @@ def memory(
     almost_all = own - 4 * (block + root) / parts  # gradients in the backward pass of the first layer
     if ranks and several and whole_gradients:
         almost_all += 4 * (block + root)
+    stay = not ranks or (keeps and several and not whole_gradients)  # until the next micro-step
     moments = (  # gradients, weights cast, activations, work space
         (earlier, cast, activations, loss),
         (earlier, cast, activations, layer),
-        (almost_all, min(cast, width * (root * ranks + block)), kept, layer),
-        (own, width * root * ranks, 0, end),
+        (almost_all, cast if stay else min(cast, width * (root + block)), kept, layer),
+        (own, cast * stay, 0, end),
     )
     gradients, cast, activations, work = max(moments, key=sum)
     return {

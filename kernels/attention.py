@@ -95,8 +95,8 @@ BLOCK = 64  # queries at a time, so that little is computed above the diagonal
 
 @torch.library.custom_op("tripod::short_attention", mutates_args=())
 def _short_attention(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The attention of short rows on a CPU, where torch's own kernel takes half as long again. Half precision is cast up:
-    scores must not be rounded before the softmax.
+    """The attention of short rows on a CPU, where torch's own kernel takes half as long again. Half precision is cast
+    up: scores must not be rounded before the softmax.
 
     A block of queries meets the keys up to its own last one. Returned are also what backward needs: rotated queries
     and keys, and values, [3, batch heads, seq, head_dim]; and the probabilities of all blocks, one after the other.

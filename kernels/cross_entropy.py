@@ -230,10 +230,15 @@ def _backward(ctx, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.formed:
         d_hidden, d_weight = ctx.saved_tensors
         scale = d_loss / d_hidden.shape[0]
-        # Multiplied in the dtype of scale: 1 / tokens rounded to 16 bits would make every gradient wrong alike.
-        d_hidden, d_weight = ((d.to(scale.dtype) * scale).to(d.dtype) for d in (d_hidden, d_weight))
-        return d_hidden, d_weight, None, None, None
+        return _scaled(d_hidden, scale), _scaled(d_weight, scale), None, None, None
     return *_linear_cross_entropy_backward(*ctx.saved_tensors, d_loss), None, None, None
+
+
+def _scaled(d: Tensor, scale: Tensor) -> Tensor:
+    """d times a scalar, in the dtype of the scalar: 1 / tokens in 16 bits would make every gradient wrong alike."""
+    if d.dtype == scale.dtype:
+        return d * scale
+    return d.to(scale.dtype).mul_(scale).to(d.dtype)
 
 
 _linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)
