@@ -19,6 +19,7 @@ import sys
 import time
 from argparse import Namespace
 from contextlib import suppress
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -56,7 +57,8 @@ def python(*arguments: str) -> tuple[str, ...]:
 def pieces(gpu_memory: float | None) -> list[Piece]:
     """What there is to do on a GPU of so many bytes, or on a CPU. For an H100 all limits are ten minutes together."""
     kernels = python("pytest", "bench", "--benchmark-only", "--benchmark-json", "{json}", "-q")
-    roofline = python("bench.roofline", "--json", "{json}", "--plot", "{plot}")
+    picture = ("--plot", "{plot}") if find_spec("matplotlib") else ()
+    roofline = python("bench.roofline", "--json", "{json}", *picture)
     if not gpu_memory:
         small = ("--batch", "1", "--seq-len", "256", "--no-compile")
         return [
