@@ -6,10 +6,11 @@ The ceilings are measured first: bytes/s of a copy, and FLOP/s of a large square
 which these would compute the FLOPs of its products, or read its inputs and write its outputs once, whichever is longer.
 Then, in turns, so that all see the same machine, every op is timed alone, on the shapes and in the dtypes in which the
 model calls it, and so is the whole step, which is train.py's own. What the ops leave of the step passes between them:
-launches, waiting, small tensors.
+launches, waiting, small tensors. It is less than nothing where ops take longer alone, as they may on a GPU, where alone
+they start with an empty cache.
 
-A GPU's ops start with an empty cache, as they need not in the step: between them may be less than nothing. A CPU's find
-small tensors in its caches, and to write where one has read costs it less than a copy: floors by bytes may be passed.
+On a CPU floors by bytes may be passed: small tensors are found in its caches, and to write where one has read costs
+less than a copy.
 """
 
 import gc
