@@ -49,7 +49,7 @@ from model.pythia import init_std
 from model.sizes import VOCAB_USED
 from parallel import RECOMPUTE, Gradients, Ranks, set_recompute
 from step import Step, make_optimizer
-from train import reuse_freed_memory
+from train import multiplies_bf16, reuse_freed_memory
 
 SEED = 1234
 LR = 1e-3
@@ -63,7 +63,7 @@ ROOT = Path(__file__).parents[1]
 TUNED = {"MALLOC_MMAP_THRESHOLD_": "4294967295", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
 
 # By how much first losses (in nats) and first gradient norms (relatively) of one network may differ.
-AGREEMENT = {"fp32": (1e-4, 1e-3), "bf16": (5e-2, 5e-2)}
+AGREEMENT = {"fp32": (1e-4, 1e-3), "bf16": (5e-2, 5e-2), "own": (5e-2, 5e-2)}
 
 # What the host calls to queue kernels, and to wait: torch also does that after a copy that it has to wait for.
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchCooperativeKernel", "cuLaunchKernel", "cudaGraphLaunch")  # with any ending
@@ -80,7 +80,13 @@ def parse(arguments: list[str]) -> Namespace:
     add("--batch", type=int, default=8 if gpu else 4, metavar="N", help="rows of a step (8; on a CPU 4)")
     add("--seq-len", type=int, default=2048 if gpu else 512, metavar="N", help="tokens of a row (2048; on a CPU 512)")
     precision = "bf16" if gpu else "fp32"
-    add("--precision", choices=list(AGREEMENT), default=precision, help="bf16: autocast for the peers (on a CPU fp32)")
+    add(
+        "--precision",
+        choices=list(AGREEMENT),
+        default=precision,
+        help="bf16: autocast for the peers; own: what each takes unasked, Tripod as train.py and peers float32 (bf16; "
+        "on a CPU fp32)",
+    )
     add("--recompute", choices=RECOMPUTE, default="none", help="of Tripod alone, as in train.py")
     add("--rounds", type=int, default=5, metavar="N", help="measurements of every arm (5)")
     add("--seconds", type=float, metavar="N", help="end by then: fewer rounds, and arms that come late are left out")
@@ -118,6 +124,12 @@ def shape(s: Namespace) -> Config:
     return replace(SIZES[s.size], seq_len=s.seq_len)
 
 
+def dtype_of(s: Namespace, name: str) -> torch.dtype:
+    """Of the products of tripod or of a peer."""
+    bf16 = s.precision == "bf16" or (s.precision == "own" and name == "tripod" and multiplies_bf16())
+    return torch.bfloat16 if bf16 else torch.float32
+
+
 # One arm: a process that trains when told to
 
 
@@ -126,7 +138,8 @@ def build(s: Namespace, device: torch.device) -> Callable[[Tensor], tuple[Tensor
 
     It does not wait for the device: who reads loss or norm does. The weights of a peer are copied from ours.
     """
-    name, compiled, bf16 = s.arm.removesuffix("+compile"), s.arm.endswith("+compile"), s.precision == "bf16"
+    name, compiled = s.arm.removesuffix("+compile"), s.arm.endswith("+compile")
+    bf16 = dtype_of(s, name) == torch.bfloat16
     ours = random_model(shape(s), device)
     if name == "tripod":
         ours.compute_dtype = torch.bfloat16 if bf16 else torch.float32
@@ -484,14 +497,14 @@ def main() -> None:
     deadline = time.monotonic() + s.seconds if s.seconds else math.inf
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts, config = machine(device), shape(s)
-    dtype = torch.bfloat16 if s.precision == "bf16" else torch.float32
+    dtype = dtype_of(s, "tripod")
     report = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "bench.step", *sys.argv[1:]]),
         "settings": {name: value for name, value in vars(s).items() if name not in ("arm", "json")},
         "machine": facts,
         "gemm_flops_per_s": product_ceiling(dtype, device, flush_of(device)),
-        "peak_flops_per_s": plan.peak_flops(device) if s.precision == "bf16" else None,
+        "peak_flops_per_s": plan.peak_flops(device) if dtype == torch.bfloat16 else None,
         "flops_per_token": config.flops_per_token(),
         "flops_per_token_causal": config.flops_per_token(causal=True),
         "runs": {},

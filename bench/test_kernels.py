@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.ceilings import machine
 from bench.kernel_measure import (
     AGREEMENT,
     check_agreement,
@@ -27,7 +28,6 @@ from bench.kernel_measure import (
 )
 from bench.kernel_peers import OPS, setting
 from bench.kernel_report import entry
-from bench.step import machine
 
 HERE = setting()
 DEVICE = machine(HERE.device)["gpu"] or machine(HERE.device)["cpu"]

@@ -90,56 +90,61 @@ def _fused_gradient(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor
 
 
 SHORT = 512  # positions: up to this length attention on a CPU may keep its probabilities
-BLOCK = 64  # queries at a time, so that little is computed above the diagonal
+
+
+def _block(dtype: torch.dtype) -> int:
+    """Queries at a time: few, so that little is computed above the diagonal, but enough for the library's products."""
+    return 64 if dtype == torch.float32 else 128
 
 
 @torch.library.custom_op("tripod::short_attention", mutates_args=())
 def _short_attention(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The attention of short rows on a CPU, where torch's own kernel takes half as long again. Half precision is cast
-    up: scores must not be rounded before the softmax.
+    """The attention of short rows on a CPU, where torch's own kernel takes half as long again.
 
-    A block of queries meets the keys up to its own last one. Returned are also what backward needs: rotated queries
-    and keys, and values, [3, batch heads, seq, head_dim]; and the probabilities of all blocks, one after the other.
+    A block of queries meets the keys up to its own last one. Scores are formed in float32, also in half precision: they
+    must not be rounded before the softmax. Returned are also what backward needs: rotated queries and keys, and values,
+    [3, batch heads, seq, head_dim]; and the probabilities of all blocks, one after the other.
     """
     batch, seq, heads, _, head_dim = qkv.shape
-    parts = qkv.float().permute(3, 0, 2, 1, 4)  # [3, batch, heads, seq, head_dim]
-    rotated = parts.new_empty(3, batch * heads, seq, head_dim)
-    rotated[:2] = rotate(parts[:2], cos, sin).view(2, *rotated.shape[1:])
-    rotated[2] = parts[2].reshape(rotated.shape[1:])
-    q, k, v = rotated
+    parts = qkv.permute(3, 0, 2, 1, 4)  # [3, batch, heads, seq, head_dim]
+    q, k = rotate(parts[:2].float(), cos, sin).view(2, batch * heads, seq, head_dim)
     q *= head_dim**-0.5
-    later = v.new_full((BLOCK, BLOCK), -torch.inf).triu(1)
-    out, probabilities = torch.empty_like(v), v.new_empty(batch * heads * _pairs(seq))
+    rotated = qkv.new_empty(3, *q.shape)
+    for x, part in zip(rotated, (q, k, parts[2].reshape(q.shape))):
+        x.copy_(part)
+    v, later = rotated[2], q.new_full((_block(qkv.dtype),) * 2, -torch.inf).triu(1)
+    out, probabilities = torch.empty_like(v), qkv.new_empty(batch * heads * _pairs(seq, qkv.dtype))
     for rows, p in _blocks(probabilities, batch * heads, seq):
-        torch.bmm(q[:, rows], k[:, : rows.stop].mT, out=p)  # [batch heads, block, keys]
-        p[:, :, rows] += later[: p.shape[1], : p.shape[1]]
-        torch.softmax(p, dim=-1, out=p)
+        scores = p if p.dtype == torch.float32 else torch.empty_like(p, dtype=torch.float32)
+        torch.bmm(q[:, rows], k[:, : rows.stop].mT, out=scores)  # [batch heads, block, keys]
+        scores[:, :, rows] += later[: p.shape[1], : p.shape[1]]
+        torch.softmax(scores, dim=-1, out=scores)
+        p.copy_(scores)
         out[:, rows] = p @ v[:, : rows.stop]
-    out = out.view(batch, heads, seq, head_dim).transpose(1, 2)  # [batch, seq, heads, head_dim]
-    return out.to(qkv.dtype, memory_format=torch.contiguous_format), rotated, probabilities
+    return out.view(batch, heads, seq, head_dim).transpose(1, 2).contiguous(), rotated, probabilities
 
 
 def _blocks(probabilities: Tensor, rows: int, seq: int) -> Iterator[tuple[slice, Tensor]]:
     """The queries of every block, and its probabilities [rows, block, keys]."""
-    offset = 0
-    for start in range(0, seq, BLOCK):
-        stop = min(start + BLOCK, seq)
+    offset, block = 0, _block(probabilities.dtype)
+    for start in range(0, seq, block):
+        stop = min(start + block, seq)
         shape = rows, stop - start, stop
         yield slice(start, stop), probabilities[offset : offset + math.prod(shape)].view(shape)
         offset += math.prod(shape)
 
 
-def _pairs(seq: int) -> int:
+def _pairs(seq: int, dtype: torch.dtype) -> int:
     """How many pairs of a query and a key all blocks of one row have."""
-    return sum((min(start + BLOCK, seq) - start) * min(start + BLOCK, seq) for start in range(0, seq, BLOCK))
+    block = _block(dtype)
+    return sum((min(start + block, seq) - start) * min(start + block, seq) for start in range(0, seq, block))
 
 
 @_short_attention.register_fake
 def _(qkv, cos, sin):
     batch, seq, heads, _, head_dim = qkv.shape
-    shapes = (3, batch * heads, seq, head_dim), (batch * heads * _pairs(seq),)
-    saved = (qkv.new_empty(shape, dtype=torch.float32) for shape in shapes)
-    return qkv.new_empty(batch, seq, heads, head_dim), *saved
+    rotated, probabilities = (3, batch * heads, seq, head_dim), batch * heads * _pairs(seq, qkv.dtype)
+    return qkv.new_empty(batch, seq, heads, head_dim), qkv.new_empty(rotated), qkv.new_empty(probabilities)
 
 
 @torch.library.custom_op("tripod::short_attention_backward", mutates_args=())
@@ -147,9 +152,9 @@ def _short_attention_backward(
     d_out: Tensor, rotated: Tensor, probabilities: Tensor, cos: Tensor, sin: Tensor
 ) -> Tensor:
     """With dp = d_out v^T:  ds = p (dp - rowsum(p dp)), and so  dq = ds k, dk = ds^T q, dv = p^T d_out."""
-    (q, k, v), (batch, seq, heads, head_dim), dtype = rotated, d_out.shape, d_out.dtype
-    d_out = d_out.transpose(1, 2).reshape(v.shape).float()
-    dq, dk, dv = gradients = torch.zeros_like(rotated)
+    (q, k, v), (batch, seq, heads, head_dim) = rotated, d_out.shape
+    d_out = d_out.transpose(1, 2).reshape(v.shape)
+    dq, dk, dv = gradients = torch.zeros_like(rotated, dtype=torch.float32)
     for rows, p in _blocks(probabilities, batch * heads, seq):
         keys, d_rows = slice(rows.stop), d_out[:, rows]
         ds = torch._softmax_backward_data(d_rows @ v[:, keys].mT, p, -1, p.dtype)
@@ -157,7 +162,7 @@ def _short_attention_backward(
         dk[:, keys] += ds.mT @ q[:, rows]
         dv[:, keys] += p.mT @ d_rows
     dq *= head_dim**-0.5
-    return _fused_gradient(*gradients.view(3, batch, heads, seq, head_dim), cos, sin).to(dtype)
+    return _fused_gradient(*gradients.view(3, batch, heads, seq, head_dim), cos, sin).to(d_out.dtype)
 
 
 @_short_attention_backward.register_fake
