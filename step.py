@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 import data
+from kernels.backend import triton_runs
 from metrics import Laps
 from model import Pythia
 from parallel import Gradients, Ranks
@@ -38,10 +39,12 @@ class Step:
 
     def __init__(self, model: Pythia, gradients: Gradients, optimizer: torch.optim.AdamW, ranks: Ranks):
         self.model, self.gradients, self.optimizer, self.ranks = model, gradients, optimizer, ranks
-        sharded = isinstance(model, FSDPModule)
+        sharded, small = isinstance(model, FSDPModule), model.config.parameters < LAUNCH_BOUND
         self.rounded = RoundedWeights([] if sharded else list(model.blocks), model.compute_dtype)
-        small = model.config.parameters < LAUNCH_BOUND
-        self.graph = MicroStepGraph(self._micro_step) if ranks.device.type == "cuda" and small and not sharded else None
+        # The definition of the loss asks the device something in its middle, which no graph can.
+        kernels = triton_runs(torch.empty(0, dtype=model.compute_dtype, device=ranks.device))
+        graph = ranks.device.type == "cuda" and kernels and small and not sharded
+        self.graph = MicroStepGraph(self._micro_step) if graph else None
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
         self.weight = torch.ones((), device=ranks.device)  # of the loss of a micro-batch in what is differentiated
         self.laps = Laps(ranks.device)
@@ -131,23 +134,27 @@ def rounded_copy(weight: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
 class MicroStepGraph:
     """A micro-step as one CUDA graph: its hundreds of kernels are queued at once.
 
-    The first one runs as it is, so that everything is compiled, and leaves gradients. The graph adds to them, where
-    they lie: from then on they must be set to zero, never to None.
+    The first two run as they are, so that everything is compiled and has been used, and leave gradients. The graph adds
+    to them, where they lie: from then on they must be set to zero, never to None.
     """
 
     def __init__(self, micro_step: Callable[[Tensor, bool], None]):
-        self.micro_step, self.graph, self.warm = micro_step, torch.cuda.CUDAGraph(), False
+        self.micro_step, self.graph, self.before = micro_step, torch.cuda.CUDAGraph(), 2
+        self.stream = torch.cuda.Stream()  # of the first two as well: autograd wants one for all
         self.tokens: Tensor | None = None  # where the graph finds its tokens
 
     def __call__(self, tokens: Tensor, last: bool) -> None:
-        if not self.warm:
-            self.micro_step(tokens, last)
-            self.warm = True
+        if self.before:
+            self.before -= 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.micro_step(tokens, last)
+            torch.cuda.current_stream().wait_stream(self.stream)
             return
         if self.tokens is None:
             self.tokens = tokens.clone()
             # thread_local: other threads, which read data or save, may allocate meanwhile
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.micro_step(self.tokens, last=False)
         self.tokens.copy_(tokens)
         self.graph.replay()

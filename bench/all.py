@@ -1,6 +1,6 @@
-"""Everything there is to measure on this machine, in pieces: correctness, roofline, kernels, the step of every size.
+"""Everything there is to measure on this machine, in pieces: correctness, the step of every size, roofline, kernels.
 
-    python -m bench.all                      on a GPU about ten minutes; the same line again goes on where it ended
+    python -m bench.all                      the same line again goes on where it ended
     python -m bench.all --again step-160m    this piece once more
 
 Every piece is a process with a time limit, and leaves NAME.json and NAME.log in a directory named after the GPU. One
@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 import plan
 from bench.ceilings import machine
+from bench.kernel_peers import OPS
 from bench.report import RESULTS, ROOT, aligned
 from errors import Parser, UserError, run_command
 from model import SIZES
@@ -55,8 +56,10 @@ def python(*arguments: str) -> tuple[str, ...]:
 
 
 def pieces(gpu_memory: float | None) -> list[Piece]:
-    """What there is to do on a GPU of so many bytes, or on a CPU. For an H100 all limits are ten minutes together."""
-    kernels = python("pytest", "bench", "--benchmark-only", "--benchmark-json", "{json}", "-q")
+    """What there is to do on a GPU of so many bytes, or on a CPU.
+
+    A time limit is what an H100 should never need; most of it goes into compiling, which is done once.
+    """
     picture = ("--plot", "{plot}") if find_spec("matplotlib") else ()
     roofline = python("bench.roofline", "--json", "{json}", *picture)
     if not gpu_memory:
@@ -64,15 +67,23 @@ def pieces(gpu_memory: float | None) -> list[Piece]:
         return [
             Piece("correctness", 0, obstacle="needs a GPU"),
             Piece("roofline", 240, (*roofline, "--size", "14m")),
-            Piece("kernels", 240, kernels),
+            *(kernels(op, 120) for op in OPS),
             *(step(size, 120, *small) for size in ("14m", "70m")),
         ]
+    # What takes long is to compile.
+    side_by_side = ("-n", "8", "--dist", "loadgroup") if find_spec("xdist") else ()
     return [
-        Piece("correctness", 150, python("pytest", "-m", "gpu", "-v", "--junitxml", "{junit}")),
-        Piece("roofline", 50, (*roofline, "--size", "160m,1.4b")),
-        Piece("kernels", 120, kernels),
+        Piece("warm", 50, python("bench.warm", "--json", "{json}", "--size", ",".join(SIZES_OF_STEPS))),
+        Piece("correctness", 210, python("pytest", "-m", "gpu", "-v", *side_by_side, "--junitxml", "{junit}")),
         *(step_that_fits(size, 60 if size in COMPILED else 32, gpu_memory) for size in SIZES_OF_STEPS),
+        Piece("roofline", 60, (*roofline, "--size", "160m,1.4b")),
+        *(kernels(op, 120 if op == "rotary_attention" else 60) for op in OPS),
     ]
+
+
+def kernels(op: str, seconds: float) -> Piece:
+    options = "-k", op, "--benchmark-only", "--benchmark-json", "{json}", "-q"
+    return Piece(f"kernels-{op}", seconds, python("pytest", "bench", *options))
 
 
 def step(size: str, seconds: float, *arguments: str) -> Piece:

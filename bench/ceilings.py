@@ -25,6 +25,7 @@ from kernels.linear import product
 WARM_UP = 2  # rounds that do not count
 ROUNDS = {"cuda": 10, "cpu": 5}  # that count, at least
 SHORTEST = {"cuda": 0.0, "cpu": 0.2}  # seconds of all rounds: the kernel counts foreign CPU time in ticks of 10 ms
+AHEAD = {"cuda": 6, "cpu": 1}  # flushes before a round, 4 ms of a GPU, in which the host launches even many kernels
 FOREIGN = 0.06  # share of all CPU time that other processes may take in a measurement before it is made again
 ATTEMPTS = 3  # of a measurement
 
@@ -122,7 +123,8 @@ def measure(
         seconds, began = [], time.perf_counter()
         while len(seconds) < ROUNDS[device.type] or time.perf_counter() - began < SHORTEST[device.type]:
             arguments = setup()
-            flush()
+            for _ in range(AHEAD[device.type]):
+                flush()
             start = now()
             call(*arguments)
             seconds.append(now() - start)

@@ -1,7 +1,7 @@
-"""From the JSON of a measurement to text: the table of bench.step, and the one of README.md.
+"""From the JSON of a measurement to text: the table of bench.step, and those of README.md and bench/README.md.
 
-    python -m bench.report             write README.md's table from the files of bench/results/
-    python -m bench.report --check     fail if it does not say what they say
+    python -m bench.report             write the tables of both from the files of bench/results/
+    python -m bench.report --check     fail if they do not say what the files say
 
 No number is in them that is not in a file, or computed from some that are.
 """
@@ -17,6 +17,7 @@ from model import SIZES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
+PRECISION = {"fp32": "fp32", "bf16": "bf16", "own": "own precision"}
 BEGIN, END = "<!-- by python -m bench.report -->", "<!-- end -->"
 
 
@@ -88,7 +89,7 @@ def aligned(rows: list[dict[str, str]]) -> list[str]:
     ]
 
 
-# README.md
+# README.md and bench/README.md
 
 
 def results(folder: Path) -> dict[Path, dict]:
@@ -122,7 +123,6 @@ def readme_table(found: dict[Path, dict], base: Path) -> str:
     for path, report in found.items():
         machine, settings = report["machine"], report["settings"]
         name = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
-        job = f"{settings['batch']} x {settings['seq_len']}, {settings['precision']}"
         for allocator, records in report["runs"].items():
             if "summary" not in (ours := records["tripod"]):
                 continue
@@ -130,7 +130,7 @@ def readme_table(found: dict[Path, dict], base: Path) -> str:
             cells = [
                 name + (", glibc tuned" if allocator == "tuned" and not machine["gpu"] else ""),
                 settings["size"],
-                job,
+                f"{settings['batch']} x {settings['seq_len']}, {PRECISION[settings['precision']]}",
                 f"{rate:,.0f}",
                 *(_times(records, peer, rate) for peer in peers),
                 _share(report, rate),
@@ -139,6 +139,21 @@ def readme_table(found: dict[Path, dict], base: Path) -> str:
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def whole_tables(found: dict[Path, dict], base: Path) -> str:
+    """The tables of bench/README.md: of every file what bench.step has printed."""
+    parts = []
+    for path, report in found.items():
+        settings, versions = report["settings"], report["machine"]["versions"]
+        shape = f"{settings['size']}, {settings['batch']} x {settings['seq_len']} tokens"
+        with_ = ", ".join(f"{package} {found}" for package, found in versions.items() if found and package != "python")
+        name = path.relative_to(base).as_posix()
+        parts.append(f"[{path.name}]({name}): {shape}, {PRECISION[settings['precision']]}; {with_}")
+        for allocator in report["runs"]:
+            table = f"{allocator} allocator\n{step_table(report, allocator)}"
+            parts.append("\n".join(f"    {line}".rstrip() for line in table.splitlines()))
+    return "\n\n".join(parts)
 
 
 def _times(records: dict[str, dict], peer: str, rate: float) -> str:
@@ -171,20 +186,24 @@ def _memory(records: dict[str, dict]) -> str:
 
 def main() -> None:
     parser = Parser(prog="bench.report", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if README.md would change")
-    check, readme = parser.parse_args(sys.argv[1:]).check, ROOT / "README.md"
-    old = readme.read_text()
-    new = replace_table(old, readme_table(results(RESULTS), ROOT))
-    if check and new != old:
-        raise UserError("README.md does not say what bench/results does: run python -m bench.report")
-    if not check:
-        readme.write_text(new)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a file would change")
+    check = parser.parse_args(sys.argv[1:]).check
+    for file, make in TABLES.items():
+        path, old = ROOT / file, (ROOT / file).read_text()
+        new = replace_table(old, make(results(RESULTS), path.parent))
+        if check and new != old:
+            raise UserError(f"{file} does not say what bench/results does: run python -m bench.report")
+        if not check:
+            path.write_text(new)
+
+
+TABLES = {"README.md": readme_table, "bench/README.md": whole_tables}
 
 
 def replace_table(text: str, table: str) -> str:
     """The text with the table between its two marks. Raises UserError unless each is there once."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise UserError(f"README.md needs one {BEGIN} and one {END} with the table of speeds between them")
+        raise UserError(f"it takes one {BEGIN} and one {END}, with the table of speeds between them")
     return re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n\n{table}\n\n{END}", text, flags=re.DOTALL)
 
 
