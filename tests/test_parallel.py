@@ -45,8 +45,8 @@ def ranks(corpus, tmp_path_factory):
         line = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", world]
         line = line if world else [sys.executable]
         line += [folder / "small.py", ROOT, "--size", "14m", "--data", corpus, "--out", folder / out]
-        line += ["--steps", STEPS, "--batch-size", 12, "--seq-len", 32, "--lr", 1e-2, *flags]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        line += ["--steps", STEPS, "--batch-size", 12, "--seq-len", 32, "--lr", 1e-2, "--precision", "fp32", *flags]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=300, env=environment)
         return done, folder / out
 
