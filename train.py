@@ -139,7 +139,8 @@ def parse(arguments: list[str]) -> Settings:
 
     s.out = s.out or f"runs/pythia-{s.size}"
     s.lr = s.lr or SIZES[s.size].lr
-    s.precision = s.precision or ("bf16" if s.plan or multiplies_bf16() else "fp32")
+    bf16 = s.plan or torch.cuda.is_available() or (s.demo and multiplies_bf16())
+    s.precision = s.precision or ("bf16" if bf16 else "fp32")
     world = int(os.environ.get("WORLD_SIZE", 1))
     share = s.batch_size // (8 if s.bitwise else world)  # bitwise: micro-batches are the same whatever the ranks
     s.micro_batch = s.micro_batch or math.gcd(8, max(share, 1))
@@ -163,7 +164,7 @@ def parse(arguments: list[str]) -> Settings:
 
 
 def multiplies_bf16() -> bool:
-    """Whether this machine has instructions for products of bfloat16: those then take half the time of float32."""
+    """Whether this machine has instructions for products of bfloat16: they take half the time of float32, or less."""
     avx512, amx = (getattr(torch.cpu, f"_is_{name}_supported", bool) for name in ("avx512_bf16", "amx_tile"))
     return torch.cuda.is_available() or avx512() or amx()
 
@@ -277,7 +278,9 @@ def run_steps(s: Settings, ranks: Ranks, resources: ExitStack) -> int:
     metrics = ranks.first_does(lambda: resources.enter_context(Metrics(run, start, s.steps, loggers, asdict(s))))
     profiled = resources.enter_context(profiler(run, start, s.profile, ranks.rank))
     watchdog = resources.enter_context(Watchdog(ranks, s.timeout))
-    form = model.compute_dtype, hidden_act, data.find_tokenizer(s.data)  # of the checkpoints
+    # On a CPU others compute in float32, and get the weights in it: rounded ones would have other logits.
+    dtype = torch.float32 if (device.type, s.precision) == ("cpu", "bf16") else model.compute_dtype
+    form = dtype, hidden_act, data.find_tokenizer(s.data)  # of the checkpoints
     saver = Saver(run, model, optimizer, ranks, *form, s.keep_state, at=watchdog.at)
     resources.callback(saver.wait)
     if resumed is None:

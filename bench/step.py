@@ -84,8 +84,8 @@ def parse(arguments: list[str]) -> Namespace:
         "--precision",
         choices=list(AGREEMENT),
         default=precision,
-        help="bf16: autocast for the peers; own: what each takes unasked, Tripod as train.py and peers float32 (bf16; "
-        "on a CPU fp32)",
+        help="bf16: autocast for the peers; own: what each takes unasked, Tripod that of train.py --demo, the peers "
+        "float32 (bf16; on a CPU fp32)",
     )
     add("--recompute", choices=RECOMPUTE, default="none", help="of Tripod alone, as in train.py")
     add("--rounds", type=int, default=5, metavar="N", help="measurements of every arm (5)")

@@ -292,6 +292,23 @@ def test_triton_kernels_are_refused_where_they_can_not_run():
     assert train.parse(["--size", "14m", "--kernels", "triton", "--plan"]).plan  # of a run somewhere else
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where the default is bf16")
+@pytest.mark.parametrize("fast", [True, False])
+def test_default_precision_on_a_cpu(fast, monkeypatch):
+    monkeypatch.setattr(train, "multiplies_bf16", lambda: fast)
+    assert train.parse(["--size", "14m"]).precision == "fp32"
+    assert train.parse(["--size", "14m", "--demo"]).precision == ("bf16" if fast else "fp32")
+    assert train.parse(["--size", "14m", "--demo", "--precision", "fp16"]).precision == "fp16"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a run on a CPU")
+def test_weights_of_a_bf16_run_on_a_cpu_are_not_rounded(run):
+    weights = load_file(run("--precision", "bf16") / "step9" / "model.safetensors")
+    weight = weights["gpt_neox.layers.0.attention.dense.weight"]
+    assert weight.dtype == torch.float32
+    assert not torch.equal(weight, weight.bfloat16().float())
+
+
 def test_float16_overflow_skips_update_and_schedule_not_the_data(run, monkeypatch):
     monkeypatch.setattr(train.LossScaler.__init__, "__defaults__", (2.0**30, 1000, 2))
     directory = run("--precision", "fp16", "--steps", "40")
