@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.ceilings import Moment, clock, copy_bandwidth, flush_of, product_ceiling  # noqa: F401 (some for others)
+from bench.ceilings import copy_bandwidth, product_ceiling
 
 # By how much, relatively and in the Frobenius norm, an output or a gradient of an arm may differ from ours. Two right
 # ones in bfloat16 differ by up to 1%, since peers round q, k and sums in between; a wrong one by about 100%.

@@ -12,13 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.ceilings import machine
+from bench.ceilings import clock, flush_of, machine
 from bench.kernel_measure import (
     AGREEMENT,
     check_agreement,
-    clock,
     differentiable,
-    flush_of,
     incoming_gradients,
     measure_ceilings,
     outputs_of,

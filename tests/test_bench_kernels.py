@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.kernel_measure import Moment, check_agreement, incoming_gradients, outputs_of, reason, values
+from bench.ceilings import Moment
+from bench.kernel_measure import check_agreement, incoming_gradients, outputs_of, reason, values
 from bench.kernel_peers import OPS, Floor, setting
 from bench.kernel_report import BARS, entry, table
 from model import SIZES
