@@ -12,10 +12,10 @@ import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
-from errors import Parser, UserError, run_command
+from corpus.tokenizer import load_tokenizer
 from model import KVCache, Pythia
 from model.huggingface import load
-from prepare import load_tokenizer
+from runtime.errors import Parser, UserError, run_command
 
 END_OF_TEXT = 0
 

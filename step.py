@@ -2,26 +2,24 @@
 
     step.backward(tokens)      forward and backward of every micro-batch; gradients add up in float32
     step.update(lr)            the norm of all gradients, clipping, AdamW
-    feed.take()                meanwhile the next batch was read, and copied to the device
+    loader.next()                meanwhile the next batch was read, and copied to the device
 
 The host only queues work for the device. It never waits in here: also the clipping, and that nothing is updated where a
 gradient is not finite, are decided on the device. The caller waits once a step, when it reads loss and norm.
 """
 
+import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-import data
 from kernels.backend import triton_runs
-from metrics import Laps
 from model import Pythia
-from parallel import Gradients, Ranks
+from parallel.gradients import Gradients
+from runtime.metrics import StepTimer
+from runtime.ranks import Dist
 
 LAUNCH_BOUND = 200_000_000  # parameters: up to here a GPU is done with a kernel before the host has queued the next
 
@@ -37,7 +35,7 @@ def make_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
 class Step:
     """The step of a model whose gradients `gradients` adds up, over micro-steps and ranks."""
 
-    def __init__(self, model: Pythia, gradients: Gradients, optimizer: torch.optim.AdamW, ranks: Ranks):
+    def __init__(self, model: Pythia, gradients: Gradients, optimizer: torch.optim.AdamW, ranks: Dist):
         self.model, self.gradients, self.optimizer, self.ranks = model, gradients, optimizer, ranks
         sharded, small = isinstance(model, FSDPModule), model.config.parameters < LAUNCH_BOUND
         self.rounded = RoundedWeights([] if sharded else list(model.blocks), model.compute_dtype)
@@ -47,27 +45,27 @@ class Step:
         self.graph = MicroStepGraph(self._micro_step) if graph else None
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
         self.weight = torch.ones((), device=ranks.device)  # of the loss of a micro-batch in what is differentiated
-        self.laps = Laps(ranks.device)
+        self.timer = StepTimer(ranks.device)
 
-    def backward(self, tokens: Tensor, scale: float = 1.0) -> None:
+    def forward_backward(self, tokens: Tensor, scale: float = 1.0) -> None:
         """Add up loss and gradients, `scale` times, of tokens [micro_steps, micro_batch, seq_len + 1] of this rank."""
-        self.micro_steps, self.scale = len(tokens) * self.ranks.world, scale
+        self.micro_steps, self.scale = len(tokens) * self.ranks.world_size, scale
         self.weight.fill_(scale / self.micro_steps)
         self.loss_sum.zero_()
-        self.laps.start()
+        self.timer.start()
         with self.rounded:
             for i, micro_batch in enumerate(tokens, start=1):
                 (self.graph or self._micro_step)(micro_batch, last=i == len(tokens))
         if self.graph:
-            self.laps.mark()
+            self.timer.mark()
 
     def _micro_step(self, tokens: Tensor, last: bool) -> None:
-        self.gradients.travel(last)
+        self.gradients.set_sync(last)
         loss = self.model(tokens[:, :-1], tokens[:, 1:])
         if last:
-            self.laps.mark()  # from here on ranks wait for each other
+            self.timer.mark()  # from here on ranks wait for each other
         loss.backward(self.weight)
-        self.gradients.add(last)
+        self.gradients.accumulate(last)
         self.loss_sum += loss.detach()
 
     def update(self, lr: float) -> Tensor:
@@ -75,7 +73,7 @@ class Step:
 
         Returns [2] float64: the mean loss of the batch in nats, and the norm of its gradients before clipping.
         """
-        sums = self.ranks.sum(torch.stack((self.loss_sum, self.gradients.squared_norm())))
+        sums = self.ranks.all_reduce(torch.stack((self.loss_sum, self.gradients.squared_norm())))
         loss, norm = sums[0] / self.micro_steps, sums[1].sqrt() / self.scale
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -88,7 +86,7 @@ class Step:
 
     def compute_seconds(self) -> float:
         """From the start of the step until ranks have to wait for each other. To be asked after loss and norm."""
-        return self.laps.seconds()[0]
+        return self.timer.seconds()[0]
 
 
 class RoundedWeights:
@@ -160,49 +158,45 @@ class MicroStepGraph:
         self.graph.replay()
 
 
-class Batch(NamedTuple):
-    tokens: Tensor  # [micro_steps, micro_batch, seq_len + 1] int64, on the device
-    digests: Tensor  # [micro_steps, micro_batch, 32] uint8: sha256 of every row
-    copied: torch.cuda.Event | None
+# The rules of an update, as Pythia's
 
 
-class Feed:
-    """This rank's rows of one step after the other, on its device. They are read, checked and copied one step ahead, by
-    a thread, while the device works on the step before.
+def learning_rate(updates: int, steps: int, peak: float, schedule: str) -> float:
+    """Learning rate of the update that follows `updates` successful ones.
 
-    read: step -> rows [micro_steps, micro_batch, seq_len + 1]. What it raises, take() raises in its turn.
+    Linear warm-up over 1% of the steps, then a cosine down to a tenth of the peak. Published (GPT-NeoX v1.0): the
+    cosine's half period is *all* steps and it aims at zero, so the floor is reached after 80.5% of the run. Textbook
+    (GPT-NeoX since #1008, August 2023): the half period is what follows the warm-up, and it aims at the floor.
+    """
+    warmup, floor = steps / 100, peak / 10
+    if updates <= warmup:
+        return peak * updates / warmup  # the first update has rate 0: step1 equals step0
+    if schedule == "published":
+        done = min(updates, steps - warmup) - warmup
+        return max(peak / 2 * (1 + math.cos(math.pi * done / steps)), floor)
+    done = min(updates - warmup, steps - warmup)
+    return floor + (peak - floor) / 2 * (1 + math.cos(math.pi * done / (steps - warmup)))
+
+
+class LossScaler:
+    """The dynamic loss scale of DeepSpeed, as Pythia ran it: float16 gradients are kept from vanishing.
+
+    A first overflow only uses up the hysteresis, further ones halve the scale (never below 1); 1000 steps without one
+    double it and refill the hysteresis.
     """
 
-    def __init__(self, read: Callable[[int], np.ndarray], start: int, stop: int, device: torch.device):
-        self.read, self.steps, self.device = read, iter(range(start, stop)), device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.thread = ThreadPoolExecutor(1, "feed")
-        self._read_ahead()
+    def __init__(self, scale: float = 2.0**12, window: int = 1000, hysteresis: int = 2):
+        self.scale, self.window, self.full = scale, window, hysteresis
+        self.hysteresis, self.clean_steps, self.overflows = hysteresis, 0, 0
 
-    def __enter__(self) -> "Feed":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.thread.shutdown()
-
-    def _read_ahead(self) -> None:
-        step = next(self.steps, None)
-        self.next = None if step is None else self.thread.submit(self._batch, step)
-
-    def _batch(self, step: int) -> Batch:
-        rows = self.read(step)
-        tokens, digests = torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(data.row_digests(rows))
-        if not self.stream:
-            return Batch(tokens, digests, None)
-        with torch.cuda.stream(self.stream):
-            tokens = tokens.pin_memory().to(self.device, non_blocking=True)
-        return Batch(tokens, digests, self.stream.record_event())
-
-    def take(self) -> Batch:
-        """The next batch."""
-        batch = self.next.result()
-        self._read_ahead()
-        if batch.copied:
-            batch.copied.wait()
-            batch.tokens.record_stream(torch.cuda.current_stream())
-        return batch
+    def update(self, overflow: bool) -> None:
+        if overflow:
+            if self.hysteresis == 1:
+                self.scale = max(self.scale / 2, 1.0)
+            else:
+                self.hysteresis -= 1
+            self.clean_steps, self.overflows = 0, self.overflows + 1
+            return
+        self.clean_steps, self.overflows = self.clean_steps + 1, 0
+        if self.clean_steps % self.window == 0:
+            self.scale, self.hysteresis = 2 * self.scale, self.full

@@ -9,12 +9,10 @@ The step t of a run trains on batch(t), rows [1024 t, 1024 (t + 1)) of the shuff
 metrics.jsonl is the loss of stepT's weights on batch(t), the batch that `python data.py view --step t` shows.
 """
 
-import ctypes
 import json
 import math
 import os
 import platform
-import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -25,33 +23,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-import checkpoint
 import data
-import plan
-from errors import Parser, UserError, run_command
+from checkpoints import manifest, resume
+from checkpoints.save import Saver
+from corpus.loader import Loader, digest
 from kernels import backend
-from lock import lock
-from metrics import LOGGERS, Metrics, profiler
 from model import SIZES, Config, Pythia
 from model.huggingface import read_config, read_weights
-from parallel import (
-    RECOMPUTE,
-    SHARD,
-    Gradients,
-    Ranks,
-    end_ranks,
-    init_weights,
-    local,
-    local_rows,
-    set_recompute,
-    shard_weights,
-    start_ranks,
-)
-from saving import Saver
-from step import Feed, Step, make_optimizer
-from watchdog import Watchdog
+from model.sizes import is_published_step
+from parallel.fsdp import RECOMPUTE, SHARD, init_weights, local, local_rows, set_recompute, shard_weights
+from parallel.gradients import Gradients
+from plan import report
+from plan.report import peak_flops
+from runtime.errors import Parser, UserError, run_command
+from runtime.host import StopSignal, reuse_freed_memory, supports_bf16_matmul
+from runtime.metrics import LOGGERS, Metrics, profiler
+from runtime.ranks import Dist, end_dist, init_dist
+from runtime.run_directory import lock
+from runtime.watchdog import Watchdog
+from step import LossScaler, Step, learning_rate, make_optimizer
 
 # Settings
 
@@ -120,7 +111,7 @@ class Settings:
     log: str = setting("", "also log to tensorboard, wandb, or both (tensorboard,wandb)", fixed=False)
 
 
-AGAIN = 75  # exit status: "temporary failure, try again" (EX_TEMPFAIL of BSD's sysexits.h)
+EXIT_RETRY = 75  # exit status: "temporary failure, try again" (EX_TEMPFAIL of BSD's sysexits.h)
 DEMO = {**data.DEMO, "lr": 3e-3}  # sixty steps are too few for the published rate
 
 
@@ -139,7 +130,7 @@ def parse(arguments: list[str]) -> Settings:
 
     s.out = s.out or f"runs/pythia-{s.size}"
     s.lr = s.lr or SIZES[s.size].lr
-    bf16 = s.plan or torch.cuda.is_available() or (s.demo and multiplies_bf16())
+    bf16 = s.plan or torch.cuda.is_available() or (s.demo and supports_bf16_matmul())
     s.precision = s.precision or ("bf16" if bf16 else "fp32")
     world = int(os.environ.get("WORLD_SIZE", 1))
     share = s.batch_size // (8 if s.bitwise else world)  # bitwise: micro-batches are the same whatever the ranks
@@ -163,94 +154,44 @@ def parse(arguments: list[str]) -> Settings:
     return s
 
 
-def multiplies_bf16() -> bool:
-    """Whether this machine has instructions for products of bfloat16: they take half the time of float32, or less."""
-    avx512, amx = (getattr(torch.cpu, f"_is_{name}_supported", bool) for name in ("avx512_bf16", "amx_tile"))
-    return torch.cuda.is_available() or avx512() or amx()
-
-
-# The rules of an update, as Pythia's
-
-
-def learning_rate(s: Settings, updates: int) -> float:
-    """Learning rate of the update that follows `updates` successful ones.
-
-    Linear warm-up over 1% of the steps, then a cosine down to a tenth of the peak. Published (GPT-NeoX v1.0): the
-    cosine's half period is *all* steps and it aims at zero, so the floor is reached after 80.5% of the run. Textbook
-    (GPT-NeoX since #1008, August 2023): the half period is what follows the warm-up, and it aims at the floor.
-    """
-    warmup, floor = s.steps / 100, s.lr / 10
-    if updates <= warmup:
-        return s.lr * updates / warmup  # the first update has rate 0: step1 equals step0
-    if s.schedule == "published":
-        done = min(updates, s.steps - warmup) - warmup
-        return max(s.lr / 2 * (1 + math.cos(math.pi * done / s.steps)), floor)
-    done = min(updates - warmup, s.steps - warmup)
-    return floor + (s.lr - floor) / 2 * (1 + math.cos(math.pi * done / (s.steps - warmup)))
-
-
-class LossScaler:
-    """The dynamic loss scale of DeepSpeed, as Pythia ran it: float16 gradients are kept from vanishing.
-
-    A first overflow only uses up the hysteresis, further ones halve the scale (never below 1); 1000 steps without one
-    double it and refill the hysteresis.
-    """
-
-    def __init__(self, scale: float = 2.0**12, window: int = 1000, hysteresis: int = 2):
-        self.scale, self.window, self.full = scale, window, hysteresis
-        self.hysteresis, self.clean_steps, self.overflows = hysteresis, 0, 0
-
-    def update(self, overflow: bool) -> None:
-        if overflow:
-            if self.hysteresis == 1:
-                self.scale = max(self.scale / 2, 1.0)
-            else:
-                self.hysteresis -= 1
-            self.clean_steps, self.overflows = 0, self.overflows + 1
-            return
-        self.clean_steps, self.overflows = self.clean_steps + 1, 0
-        if self.clean_steps % self.window == 0:
-            self.scale, self.hysteresis = 2 * self.scale, self.full
-
-
 # The run
 
 
 def train(s: Settings) -> None:
-    ranks, finished = start_ranks(s.bitwise), False
+    ranks, finished = init_dist(s.bitwise), False
     try:
         with ExitStack() as resources:
             status = run_steps(s, ranks, resources)
         finished = True
     except UserError as error:
-        if not ranks.says(str(error)):
+        if not ranks.claim_error_report(str(error)):
             raise SystemExit(1) from None
         raise
     finally:
-        end_ranks(ranks, together=finished)
+        end_dist(ranks, together=finished)
     if status:
         raise SystemExit(status)
 
 
-def run_steps(s: Settings, ranks: Ranks, resources: ExitStack) -> int:
+def run_steps(s: Settings, ranks: Dist, resources: ExitStack) -> int:
     """Train. What must be closed at the end, also after an error, goes into `resources`. Returns an exit status."""
     config, device = replace(SIZES[s.size], gelu=s.gelu), ranks.device
     open_rows = partial(data.open_rows, s.data, data.requested_samples(s.steps, s.batch_size), s.seq_len, s.seed)
-    rows = ranks.first_does(open_rows) or open_rows()  # the first leaves the order of the data for all
+    rows = ranks.run_on_main(open_rows) or open_rows()  # the first leaves the order of the data for all
     if s.steps * s.batch_size > len(rows):
         raise UserError(
             f"--steps {s.steps} needs {s.steps * s.batch_size} rows, {s.data} has {len(rows)}: lower --steps"
         )
-    run, facts = Path(s.out), data.data_facts(rows)
-    ranks.first_does(partial(enter_run, run, s, facts, resources))
-    resumed = checkpoint.restorable(run, ranks)
+    run, facts = Path(s.out), data.fingerprint(rows)
+    ranks.run_on_main(partial(enter_run, run, s, facts, resources))
+    resumed = resume.latest_valid_step(run, ranks)
     start, last = resumed or 0, s.stop_at or s.steps
     if start >= last:
         made = f"is finished: it has made all {s.steps} steps" if start == s.steps else f"is at step {start}"
         ranks.print(f"{run} {made}")
         return 0
-    share = s.batch_size, s.micro_batch, ranks.rank, ranks.world
-    data.check_vocab(data.batch(rows, start, *share), config.vocab, start, ranks.rank, ranks.world)
+    share = s.batch_size, s.micro_batch, ranks.rank, ranks.world_size
+    data.check_vocab(data.batch(rows, start, *share), config.vocab, start, ranks.rank, ranks.world_size)
 
     model, gradients = initial_model(s, config, ranks)
     set_recompute(model, s.recompute)
@@ -261,56 +202,56 @@ def run_steps(s: Settings, ranks: Ranks, resources: ExitStack) -> int:
     scaler = LossScaler() if s.precision == "fp16" else None
     updates = 0  # successful ones: what the learning rate depends on
     if resumed is not None:
-        counters = checkpoint.restore(run / f"step{start}", model, optimizer, ranks, verified=True)
+        counters = resume.restore(run / f"step{start}", model, optimizer, ranks, verified=True)
         updates = counters["updates"]
         if scaler:
             vars(scaler).update(counters["scaler"])
 
-    ranks.first_does(partial(record_start, run, s, facts, start, ranks))
+    ranks.run_on_main(partial(record_start, run, s, facts, start, ranks))
     ranks.print(
-        f"{run}: {config.parameters:,} parameters on {ranks.world} x {device.type}, {s.precision}; step {start} to "
-        f"{last} of {s.steps}, each {s.batch_size} rows of {s.seq_len} tokens"
+        f"{run}: {config.parameters:,} parameters on {ranks.world_size} x {device.type}, {s.precision}; "
+        f"step {start} to {last} of {s.steps}, each {s.batch_size} rows of {s.seq_len} tokens"
     )
     stop = StopSignal()
-    tokens_per_step, peak = s.batch_size * s.seq_len, plan.peak_flops(device)
+    tokens_per_step, peak = s.batch_size * s.seq_len, peak_flops(device)
     hidden_act = "gelu_pytorch_tanh" if (s.export_gelu, s.gelu) == ("trained", "tanh") else "gelu"
     loggers = list(filter(None, s.log.split(",")))
-    metrics = ranks.first_does(lambda: resources.enter_context(Metrics(run, start, s.steps, loggers, asdict(s))))
+    metrics = ranks.run_on_main(lambda: resources.enter_context(Metrics(run, start, s.steps, loggers, asdict(s))))
     profiled = resources.enter_context(profiler(run, start, s.profile, ranks.rank))
     watchdog = resources.enter_context(Watchdog(ranks, s.timeout))
     # On a CPU others compute in float32, and get the weights in it: rounded ones would have other logits.
     dtype = torch.float32 if (device.type, s.precision) == ("cpu", "bf16") else model.compute_dtype
     form = dtype, hidden_act, data.find_tokenizer(s.data)  # of the checkpoints
-    saver = Saver(run, model, optimizer, ranks, *form, s.keep_state, at=watchdog.at)
+    saver = Saver(run, model, optimizer, ranks, *form, s.keep_state, heartbeat=watchdog.heartbeat)
     resources.callback(saver.wait)
     if resumed is None:
         saver.save(0, {"updates": 0, "scaler": scaler and vars(scaler)})
 
     def read(step: int) -> np.ndarray:
         batch = data.batch(rows, step, *share)  # [micro_steps, micro_batch, seq_len + 1]: this rank's rows
-        data.check_vocab(batch, config.vocab, step, ranks.rank, ranks.world)
+        data.check_vocab(batch, config.vocab, step, ranks.rank, ranks.world_size)
         return batch
 
-    feed = resources.enter_context(Feed(read, start, last, device))
+    loader = resources.enter_context(Loader(read, start, last, device))
     one_step = Step(model, gradients, optimizer, ranks)
     for step in range(start, last):
-        watchdog.at(step, "reading rows")
+        watchdog.heartbeat(step, "reading rows")
         began = time.perf_counter()
-        batch = feed.take()
+        batch = loader.next()
         waited = time.perf_counter() - began
 
-        watchdog.at(step, "forward and backward")
+        watchdog.heartbeat(step, "forward and backward")
         scale = scaler.scale if scaler else 1.0
-        one_step.backward(batch.tokens, scale)
-        watchdog.at(step, "exchanging gradients, updating weights")
-        lr = learning_rate(s, updates)
-        saver.before_update()
+        one_step.forward_backward(batch.tokens, scale)
+        watchdog.heartbeat(step, "exchanging gradients, updating weights")
+        lr = learning_rate(updates, s.steps, s.lr, s.schedule)
+        saver.wait_for_snapshot()
         loss, norm = one_step.update(lr).tolist()  # the one host sync of the step
 
         overflow = scaler is not None and not math.isfinite(norm)
         if not overflow and not math.isfinite(loss + norm):
             saver.finish()
-            first, good = step * s.batch_size, checkpoint.steps_with_state(run)[-1]
+            first, good = step * s.batch_size, manifest.steps_with_state(run)[-1]
             raise UserError(
                 f"step {step}, rows {first} to {first + s.batch_size - 1}: loss {loss}, gradient norm {norm}; "
                 f"stopped before the update, the last good checkpoint is {run}/step{good}"
@@ -323,8 +264,8 @@ def run_steps(s: Settings, ranks: Ranks, resources: ExitStack) -> int:
 
         seconds = time.perf_counter() - began
         report = [stop.requested, saver.failure is not None, waited, one_step.compute_seconds()]
-        stopping, failed, data_seconds, compute_seconds = ranks.gather(torch.tensor(report)).T  # [ranks] each
-        digests = ranks.gather(batch.digests)  # [ranks, micro_steps, micro_batch, 32]
+        stopping, failed, data_seconds, compute_seconds = ranks.all_gather(torch.tensor(report)).T  # [ranks] each
+        digests = ranks.all_gather(batch.digests)  # [ranks, micro_steps, micro_batch, 32]
         if metrics:
             metrics.record(
                 step=step,
@@ -333,18 +274,18 @@ def run_steps(s: Settings, ranks: Ranks, resources: ExitStack) -> int:
                 grad_norm=norm,
                 tokens=(step + 1) * tokens_per_step,
                 tokens_per_s=tokens_per_step / seconds,
-                mfu=peak and tokens_per_step / seconds * config.flops_per_token(s.seq_len) / (peak * ranks.world),
+                mfu=peak and tokens_per_step / seconds * config.flops_per_token(s.seq_len) / (peak * ranks.world_size),
                 seconds=seconds,
                 data_seconds=[round(t, 6) for t in data_seconds.tolist()],
                 compute_seconds=[round(t, 6) for t in compute_seconds.tolist()],
                 loss_scale=scale,
-                batch_sha256=data.digest(digests.transpose(0, 1).numpy()),
+                batch_sha256=digest(digests.transpose(0, 1).numpy()),
             )
         profiled()
         if failed.any():
             saver.finish()  # raises what went wrong
-        if checkpoint.is_published_step(step + 1, last) or stopping.any():
-            watchdog.at(step, "saving")
+        if is_published_step(step + 1, last) or stopping.any():
+            watchdog.heartbeat(step, "saving")
             saver.save(step + 1, {"updates": updates, "scaler": scaler and vars(scaler)})
         if stopping.any():
             break
@@ -356,10 +297,10 @@ def run_steps(s: Settings, ranks: Ranks, resources: ExitStack) -> int:
         ranks.print(f"paused at step {step + 1} of {s.steps}; {goes_on}")
     # Where only another node was told to stop, torchrun is to start again without it, as it does after a failure.
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-    return AGAIN if stopping.any() and not stop.requested and restarts else 0
+    return EXIT_RETRY if stopping.any() and not stop.requested and restarts else 0
 
 
-def initial_model(s: Settings, config: Config, ranks: Ranks) -> tuple[Pythia, Gradients]:
+def initial_model(s: Settings, config: Config, ranks: Dist) -> tuple[Pythia, Gradients]:
     """The model before its first step, sharded: random as published, or from --init-from.
 
     It is built without memory, so that no rank ever holds more than its part of the random weights.
@@ -386,7 +327,7 @@ def initial_model(s: Settings, config: Config, ranks: Ranks) -> tuple[Pythia, Gr
     return model, Gradients(model, ranks, shard, whole_gradients, s.bitwise)
 
 
-def choose_sharding(s: Settings, config: Config, ranks: Ranks) -> tuple[str, bool]:
+def choose_sharding(s: Settings, config: Config, ranks: Dist) -> tuple[str, bool]:
     """What --shard auto means here, and whether a rank has the memory to add up gradients of all weights.
 
     On GPUs, what takes the least time of what fits; on CPUs, which are for trying things out, as little as can be.
@@ -396,9 +337,9 @@ def choose_sharding(s: Settings, config: Config, ranks: Ranks) -> tuple[str, boo
     if ranks.device.type == "cpu":
         return (*choice, "none")[0], True
     memory = torch.tensor(-torch.cuda.get_device_properties(ranks.device).total_memory, device=ranks.device)
-    smallest = -ranks.max(memory).item()  # all ranks must choose alike
+    smallest = -ranks.all_reduce_max(memory).item()  # all ranks must choose alike
     job = s.micro_batch, s.seq_len, s.precision, s.recompute, s.batch_size
-    chosen = plan.choose_shard(config, smallest, ranks.world, ranks.node, *job, choice)
+    chosen = report.choose_shard(config, smallest, ranks.world_size, ranks.local_world_size, *job, choice)
     return chosen.shard, chosen.whole_gradients
 
 
@@ -407,7 +348,7 @@ def enter_run(run: Path, s: Settings, facts: dict, resources: ExitStack) -> None
     check_directory(run)
     resources.enter_context(lock(run))
     check_run(run, s, facts)
-    checkpoint.clean_up(run)
+    manifest.clean_up(run)
 
 
 def check_directory(run: Path) -> None:
@@ -443,7 +384,7 @@ def check_run(run: Path, s: Settings, facts: dict) -> None:
         raise UserError(f"{run} is a run with other settings: {', '.join(differing)}; choose another --out")
 
 
-def record_start(run: Path, s: Settings, facts: dict, step: int, ranks: Ranks) -> None:
+def record_start(run: Path, s: Settings, facts: dict, step: int, ranks: Dist) -> None:
     """Note in run.json that the run starts, or goes on, at this step: settings and data, then a line a start."""
     run.mkdir(parents=True, exist_ok=True)
     path, temporary = run / "run.json", run / ".run.json.tmp"
@@ -454,7 +395,7 @@ def record_start(run: Path, s: Settings, facts: dict, step: int, ranks: Ranks) -
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": " ".join(sys.argv),
             "host": platform.node(),
-            "ranks": ranks.world,
+            "ranks": ranks.world_size,
             "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else platform.processor() or "cpu",
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
@@ -465,45 +406,13 @@ def record_start(run: Path, s: Settings, facts: dict, step: int, ranks: Ranks) -
     temporary.rename(path)
 
 
-class StopSignal:
-    """Ctrl-C and SIGTERM finish the step and save; a second one, a second or more later, stops at once.
-
-    Under torchrun one Ctrl-C arrives twice: from the terminal, and a moment later from torchrun.
-    """
-
-    def __init__(self):
-        self.requested, self.first = False, 0.0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
-
-    def handle(self, number: int, frame) -> None:
-        if not self.requested:
-            self.requested, self.first = True, time.monotonic()
-            tqdm.write(f"{signal.Signals(number).name}: finishing the step, then saving; a second one stops at once")
-        elif time.monotonic() - self.first > 1:
-            os._exit(128 + number)
-
-
-def reuse_freed_memory() -> None:
-    """Have glibc keep the memory that a step frees, for the next step.
-
-    By default it returns large tensors to the system and faults every page in anew: half the time of a small model on
-    a CPU. The C library of other systems has no such call.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        m_trim_threshold, m_mmap_threshold, most = -1, -3, 2**31 - 1
-        mallopt(m_mmap_threshold, most)
-        mallopt(m_trim_threshold, most)
-
-
 def main() -> None:
     first = os.environ.get("RANK", "0") == "0"  # all ranks read the same line: one answers
     try:
         s = parse(sys.argv[1:])
         if s.plan:
             job = s.steps, s.batch_size, s.micro_batch, s.seq_len, s.precision, s.recompute, s.shard, s.plan_for
-            text = plan.plan(SIZES[s.size], *job)
+            text = report.plan(SIZES[s.size], *job)
     except UserError:
         if not first:
             raise SystemExit(1) from None

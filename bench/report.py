@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from bench.peers import PACKAGES
-from errors import Parser, UserError, run_command
 from model import SIZES
+from runtime.errors import Parser, UserError, run_command
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"

@@ -32,7 +32,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import plan
 from bench.ceilings import (
     ForeignCPU,
     clock,
@@ -53,15 +52,17 @@ from bench.kernel_peers import (
     layer_norm_floor,
 )
 from bench.step import random_model
-from errors import Parser, UserError, run_command
 from kernels import add_dual_layer_norm, add_layer_norm, bias_gelu, linear, linear_cross_entropy, rotary_attention
 from kernels.backend import triton_runs
 from kernels.cross_entropy import CHUNK, TRITON_CHUNK
 from kernels.linear import product
 from model import SIZES, Config
-from parallel import Gradients, Ranks
+from parallel.gradients import Gradients
+from plan.report import peak_flops
+from runtime.errors import Parser, UserError, run_command
+from runtime.host import reuse_freed_memory
+from runtime.ranks import Dist
 from step import Step, make_optimizer
-from train import reuse_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TURNS = 3  # in which every op and the step are measured
@@ -264,7 +265,7 @@ def network_ops(form: Form) -> list[Op]:
 
 def build_step(form: Form) -> Step:
     """train.py's step. At a learning rate of 0 every one is like the first."""
-    model, ranks = random_model(form.config, form.device), Ranks(device=form.device)
+    model, ranks = random_model(form.config, form.device), Dist(device=form.device)
     model.compute_dtype = form.dtype
     return Step(model, Gradients(model, ranks, "none"), make_optimizer(model, 0.0), ranks)
 
@@ -327,7 +328,7 @@ def measure_step(form: Form, ops: list[Op], step: Step, flush: Callable) -> Meas
     def steps() -> list[float]:
         moments = []
         for _ in range(1 + STEPS):  # the first is not counted
-            step.backward(tokens)
+            step.forward_backward(tokens)
             step.update(lr=0.0).tolist()
             moments.append(now())
         return [after - before for before, after in pairwise(moments)]
@@ -339,7 +340,7 @@ def measure_step(form: Form, ops: list[Op], step: Step, flush: Callable) -> Meas
             products.append(product_ceiling(form.dtype, device, flush))
             copies.append(copy_bandwidth(device, flush))
             step_seconds += undisturbed(steps, device)
-            step.backward(tokens)  # gradients for update_ops
+            step.forward_backward(tokens)  # gradients for update_ops
             for op in ops:
                 call, setup = op.build()
                 seconds[op.name] += measure(call, device, flush, setup)
@@ -536,7 +537,7 @@ def run(s: Namespace, command: str) -> None:
     """Measure, print, write and draw, one size after the other."""
     reuse_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    facts, flush, peak = machine(device), flush_of(device), plan.peak_flops(device)
+    facts, flush, peak = machine(device), flush_of(device), peak_flops(device)
     report = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,

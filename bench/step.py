@@ -38,18 +38,20 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from tqdm import tqdm
 
-import plan
 from bench.ceilings import FOREIGN, ForeignCPU, flush_of, machine, product_ceiling, synchronize
 from bench.kernel_measure import reason
 from bench.peers import PACKAGES, build_peer, obstacle
 from bench.report import step_table
-from errors import Parser, UserError, run_command
 from model import SIZES, Config, Pythia
 from model.pythia import init_std
 from model.sizes import VOCAB_USED
-from parallel import RECOMPUTE, Gradients, Ranks, set_recompute
+from parallel.fsdp import RECOMPUTE, set_recompute
+from parallel.gradients import Gradients
+from plan.report import peak_flops
+from runtime.errors import Parser, UserError, run_command
+from runtime.host import reuse_freed_memory, supports_bf16_matmul
+from runtime.ranks import Dist
 from step import Step, make_optimizer
-from train import multiplies_bf16, reuse_freed_memory
 
 SEED = 1234
 LR = 1e-3
@@ -126,7 +128,7 @@ def shape(s: Namespace) -> Config:
 
 def dtype_of(s: Namespace, name: str) -> torch.dtype:
     """Of the products of tripod or of a peer."""
-    bf16 = s.precision == "bf16" or (s.precision == "own" and name == "tripod" and multiplies_bf16())
+    bf16 = s.precision == "bf16" or (s.precision == "own" and name == "tripod" and supports_bf16_matmul())
     return torch.bfloat16 if bf16 else torch.float32
 
 
@@ -147,11 +149,11 @@ def build(s: Namespace, device: torch.device) -> Callable[[Tensor], tuple[Tensor
         if compiled:
             for block in ours.blocks:
                 block.compile()
-        ranks = Ranks(device=device)
+        ranks = Dist(device=device)
         ours_step = Step(ours, Gradients(ours, ranks, "none"), make_optimizer(ours, LR), ranks)
 
         def step(tokens: Tensor) -> tuple[Tensor, Tensor]:
-            ours_step.backward(tokens[None])
+            ours_step.forward_backward(tokens[None])
             return ours_step.update(LR).unbind()
 
         return step
@@ -504,7 +506,7 @@ def main() -> None:
         "settings": {name: value for name, value in vars(s).items() if name not in ("arm", "json")},
         "machine": facts,
         "gemm_flops_per_s": product_ceiling(dtype, device, flush_of(device)),
-        "peak_flops_per_s": plan.peak_flops(device) if dtype == torch.bfloat16 else None,
+        "peak_flops_per_s": peak_flops(device) if dtype == torch.bfloat16 else None,
         "flops_per_token": config.flops_per_token(),
         "flops_per_token_causal": config.flops_per_token(causal=True),
         "runs": {},

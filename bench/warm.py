@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 from bench.step import ROOT, random_model
-from errors import Parser, UserError, run_command
 from model import SIZES
-from parallel import Gradients, Ranks
+from parallel.gradients import Gradients
+from runtime.errors import Parser, UserError, run_command
+from runtime.ranks import Dist
 from step import Step, make_optimizer
 
 
@@ -26,9 +27,9 @@ def small_step(size: str, device: torch.device) -> float:
     """A step of one row of 512 tokens, in bfloat16. Returns its loss in nats."""
     model = random_model(replace(SIZES[size], layers=2), device)
     model.compute_dtype = torch.bfloat16
-    ranks = Ranks(device=device)
+    ranks = Dist(device=device)
     step = Step(model, Gradients(model, ranks, "none"), make_optimizer(model, 1e-3), ranks)
-    step.backward(torch.randint(SIZES[size].vocab, (1, 1, 513), device=device))
+    step.forward_backward(torch.randint(SIZES[size].vocab, (1, 1, 513), device=device))
     return step.update(1e-3)[0].item()
 
 

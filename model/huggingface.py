@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from errors import UserError
 from model.pythia import Pythia
 from model.sizes import SIZES, Config
+from runtime.errors import UserError
 
 _LAYER = "gpt_neox.layers.{}."
 _NAMES = {

@@ -86,3 +86,8 @@ _TABLE = (
     Config("12b", layers=36, hidden=5120, heads=40, vocab=50_688, lr=1.2e-4, init="normal", paper=_LARGE_INIT),
 )
 SIZES: dict[str, Config] = {config.name: config for config in _TABLE}
+
+
+def is_published_step(step: int, last: int) -> bool:
+    """Whether Pythia publishes this step: 0, the powers of two to 512, every thousand, the last. 154 of 143,000."""
+    return step in (0, last) or step % 1000 == 0 or (step <= 512 and step.bit_count() == 1)

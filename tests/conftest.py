@@ -16,9 +16,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 import train
+from corpus.prepare import prepare
 from kernels import backend
 from model import SIZES
-from prepare import prepare
 
 os.environ.pop("TRITON_INTERPRET", None)
 INTERPRETED, backend.INTERPRETED = backend.INTERPRETED, False

@@ -27,9 +27,9 @@ from bench.step import (
     parse,
     summarize,
 )
-from errors import UserError
 from model import SIZES, Pythia
-from parallel import squared_norm
+from parallel.gradients import squared_norm
+from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,7 +13,7 @@ from bench import warm
 from bench.all import Piece, counts, parse, pieces, run_all, summary
 from bench.peers import PACKAGES
 from bench.report import BEGIN, END, RESULTS, ROOT, TABLES, readme_table, replace_table, results, step_table
-from errors import UserError
+from runtime.errors import UserError
 
 MAKER = {"code": "abc", "machine": {"gpu": "GPU"}}
 

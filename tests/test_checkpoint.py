@@ -17,26 +17,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoint
-from checkpoint import (
+from checkpoint import verify
+from checkpoints import manifest, resume
+from checkpoints.manifest import (
     checksums,
     clean_up,
     drop_state,
-    is_published_step,
-    problems,
-    restorable,
-    restore,
     saved_steps,
     steps_with_state,
-    verify,
+    verify_checkpoint,
     write_manifest,
 )
-from errors import UserError
+from checkpoints.resume import latest_valid_step, restore
+from checkpoints.save import Saver
+from corpus.tokenizer import byte_tokenizer
 from model import SIZES, Pythia
 from model.huggingface import write_tensors
-from parallel import Ranks
-from prepare import byte_tokenizer
-from saving import Saver
+from model.sizes import is_published_step
+from runtime.errors import UserError
+from runtime.ranks import Dist
 from step import make_optimizer
 
 ROOT = Path(__file__).parents[1]
@@ -56,20 +55,20 @@ def _one_thread():
 
 
 @dataclass(frozen=True)
-class ThreadRank(Ranks):
+class ThreadRank(Dist):
     """One of two ranks that are threads of this process. They tell each other texts over a board."""
 
     board: list = field(default_factory=list)
     barrier: Barrier | None = None
 
-    def texts(self, text):
+    def all_gather_str(self, text):
         self.board[self.rank] = text
         self.barrier.wait(60)
         told = list(self.board)
         self.barrier.wait(60)
         return told
 
-    def apart(self):
+    def with_own_group(self):
         return self
 
 
@@ -93,7 +92,7 @@ class Trainee:
         """One for each of one or two ranks that share the writing of all rows."""
         arguments = (run, self.model, self.optimizer)
         if world == 1:
-            return [Saver(*arguments, Ranks(), dtype, **options)]
+            return [Saver(*arguments, Dist(), dtype, **options)]
         told, barrier, savers = [None] * world, Barrier(world), []
         for rank in range(world):
             saver = Saver(*arguments, ThreadRank(rank, world, board=told, barrier=barrier), dtype, **options)
@@ -148,15 +147,15 @@ def run(saved, tmp_path):
 def refused():
     """refused(directory, *words): restoring raises one line with all the words, and changes no bit of what it is given.
 
-    `problems` finds the same and raises nothing (restore asks it, so that it need not run twice), unless the files are
-    as the manifest says.
+    `verify_checkpoint` finds the same and raises nothing (restore asks it, so that it need not run twice), unless the
+    files are as the manifest says.
     """
     victim = Trainee(steps=5, seed=9)
     before = victim.bits()
     found = []
 
-    def watched(directory, ranks=Ranks()):  # noqa: B008
-        found.append(problems(directory, ranks))
+    def watched(directory, ranks=Dist()):  # noqa: B008
+        found.append(verify_checkpoint(directory, ranks))
         return found[-1]
 
     def check(directory, *words, as_listed=False):
@@ -173,8 +172,8 @@ def refused():
         assert victim.bits() == before
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "problems", watched)
-        patch.setattr(checkpoint, "ThreadPoolExecutor", partial(ThreadPoolExecutor, 1))  # starting threads takes longer
+        patch.setattr(resume, "verify_checkpoint", watched)
+        patch.setattr(manifest, "ThreadPoolExecutor", partial(ThreadPoolExecutor, 1))  # starting threads takes longer
         yield check
 
 
@@ -213,8 +212,8 @@ def test_round_trip_to_the_bit(tmp_path, steps, world, dtype):
     assert resumed.restore(directory) == COUNTERS
     assert resumed.bits() == original.bits()
     assert len(resumed.bits()) == len(list(original.model.parameters())) * (4 if steps else 1)
-    assert problems(directory) == []
-    assert restorable(tmp_path, Ranks()) == steps
+    assert verify_checkpoint(directory) == []
+    assert latest_valid_step(tmp_path, Dist()) == steps
 
 
 @pytest.mark.parametrize("steps", [0, 3])
@@ -254,7 +253,7 @@ def test_what_is_not_a_checkpoint(run):
     assert steps_with_state(run) == [1]
     assert saved_steps(run / "nowhere") == []
     for name in ("step2", "step8", "step9", "nowhere"):
-        (problem,) = problems(run / name)
+        (problem,) = verify_checkpoint(run / name)
         assert str(run / name) in problem
 
 
@@ -303,7 +302,7 @@ def test_a_flipped_bit_is_found(run, refused, name):
         refused(directory, *words)
     assert (tensors_hit > 20) == bool(header)
     path.write_bytes(data)
-    assert problems(directory) == []
+    assert verify_checkpoint(directory) == []
 
 
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
@@ -687,7 +686,7 @@ def test_random_damage_never_escapes(run, refused):
             path.write_bytes(damaged)
             refused(run / "step2", str(run / "step2"))
         path.write_bytes(data)
-    assert problems(run / "step2") == []
+    assert verify_checkpoint(run / "step2") == []
 
 
 # Going back to an older one
@@ -701,10 +700,10 @@ def flip(path):
 
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
 def test_the_newest_whole_one_is_found(run, capsys, name):
-    assert restorable(run, Ranks()) == 2
+    assert latest_valid_step(run, Dist()) == 2
     assert capsys.readouterr().out == ""
     flip(run / "step2" / name)
-    assert restorable(run, Ranks()) == 1
+    assert latest_valid_step(run, Dist()) == 1
     (line,) = capsys.readouterr().out.splitlines()
     assert str(run / "step2" / name) in line
     assert "going back to step 1" in line
@@ -712,31 +711,31 @@ def test_the_newest_whole_one_is_found(run, capsys, name):
     if name == MANIFEST:  # then it has never been completed
         shutil.rmtree(run / "step1")
     with pytest.raises(UserError) as caught:
-        restorable(run, Ranks())
+        latest_valid_step(run, Dist())
     assert str(run / "step2" / name) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_state_that_is_gone_is_damage(run, capsys):
     shutil.rmtree(run / "step2" / "state")
-    assert restorable(run, Ranks()) == 1
+    assert latest_valid_step(run, Dist()) == 1
     assert "missing" in capsys.readouterr().out
 
 
 def test_nothing_to_go_back_to(tmp_path):
-    assert restorable(tmp_path, Ranks()) is None
-    assert restorable(tmp_path / "nowhere", Ranks()) is None
+    assert latest_valid_step(tmp_path, Dist()) is None
+    assert latest_valid_step(tmp_path / "nowhere", Dist()) is None
 
 
 def test_ranks_share_the_hashing(run, capsys, monkeypatch):
     flip(run / "step2" / PARTS[1])
-    hashed, original = [], checkpoint.checksums
-    monkeypatch.setattr(checkpoint, "checksums", lambda path: hashed.append(path) or original(path))
+    hashed, original = [], manifest.checksums
+    monkeypatch.setattr(manifest, "checksums", lambda path: hashed.append(path) or original(path))
     told, barrier = [None] * 2, Barrier(2)
     ranks = [ThreadRank(rank, 2, board=told, barrier=barrier) for rank in range(2)]
     with ThreadPoolExecutor(2) as threads:
-        assert list(threads.map(lambda r: restorable(run, r), ranks)) == [1, 1]
-        assert list(threads.map(lambda r: problems(run / "step1", r), ranks)) == [[], []]
+        assert list(threads.map(lambda r: latest_valid_step(run, r), ranks)) == [1, 1]
+        assert list(threads.map(lambda r: verify_checkpoint(run / "step1", r), ranks)) == [[], []]
     assert len([path for path in hashed if path.parts[-2] == "step2" or path.parts[-3] == "step2"]) == len(FILES)
     assert len(hashed) == 3 * len(FILES)  # step1 twice
     assert len(capsys.readouterr().out.splitlines()) == 1
@@ -790,7 +789,7 @@ def test_clearing_up_after_a_killed_save(run, monkeypatch):
     with monkeypatch.context() as patch:  # killed while dropping state, when the manifest had changed
         patch.setattr(shutil, "rmtree", lambda path: None)
         drop_state(dropped)
-    assert problems(dropped) != []
+    assert verify_checkpoint(dropped) != []
     (run / "step1" / ".manifest.json.tmp").write_text("{")  # killed while it changed
     shutil.copytree(run / "step2", run / ".step3.tmp")
     (run / "step2").rename(run / ".step2.old.tmp")  # killed between the two renames of a step that was saved again
@@ -803,7 +802,7 @@ def test_clearing_up_after_a_killed_save(run, monkeypatch):
     assert saved_steps(run) == [1, 2, 4]
     assert steps_with_state(run) == [1, 2]
     assert sorted(path.name for path in run.iterdir()) == [".hidden", "run.json", "step1", "step2", "step4", "step7"]
-    assert [problems(run / f"step{step}") for step in (1, 2, 4)] == [[], [], []]
+    assert [verify_checkpoint(run / f"step{step}") for step in (1, 2, 4)] == [[], [], []]
     assert not (dropped / "state").exists()
     clean_up(run.parent / "nowhere")
 
@@ -816,10 +815,11 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 import checkpoint, generate
+from checkpoints import resume
 from model import SIZES, Pythia
 from model.huggingface import load
-from parallel import Ranks
-from saving import Saver
+from runtime.ranks import Dist
+from checkpoints.save import Saver
 from step import make_optimizer
 
 run = Path(sys.argv[1])
@@ -835,11 +835,11 @@ def hook(event, args):
     if event == "pickle.find_class":
         events.append(args)
 sys.addaudithook(hook)
-saver = Saver(run, model, optimizer, Ranks(), torch.float16)
+saver = Saver(run, model, optimizer, Dist(), torch.float16)
 saver.save(1, {"updates": 1})
 saver.finish()
-directory = run / f"step{checkpoint.restorable(run, Ranks())}"
-checkpoint.restore(directory, model, optimizer)
+directory = run / f"step{resume.latest_valid_step(run, Dist())}"
+resume.restore(directory, model, optimizer)
 checkpoint.verify(run)
 list(generate.generate(load(directory), [1, 2], 3))
 found = len(events)

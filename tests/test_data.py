@@ -13,8 +13,13 @@ import numpy as np
 import pytest
 
 import data
-from data import IndexedTokens, Order, ShuffledRows, batch, batch_sha256, check_vocab, row_numbers
-from errors import UserError
+from corpus import indexed
+from corpus import order as order_module
+from corpus.indexed import IndexedTokens
+from corpus.loader import batch_sha256
+from corpus.order import Order, ShuffledRows, index_maps
+from data import batch, check_vocab, row_numbers
+from runtime.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]
 GOLDEN = REPO / "tests/golden/order"
@@ -107,7 +112,7 @@ def test_empty_and_short_documents_equal_neox(golden, name, seed, case):
 def test_shuffles(case):
     """The maps of 20 documents and 33 rows are the two published shuffles, one generator after the other."""
     assert np.random.RandomState(case["seed"]).randint(0, 2**32, 8, np.uint32).tolist() == case["first_u32"]
-    maps = data.index_maps(np.array([2] * 14 + [1] * 6), epochs=1, seq_len=1, seed=case["seed"])
+    maps = index_maps(np.array([2] * 14 + [1] * 6), epochs=1, seq_len=1, seed=case["seed"])
     assert maps["doc_idx"].tolist() == case["shuffle20_int32"]
     assert maps["shuffle_idx"].tolist() == case["then_shuffle33_uint32"]
 
@@ -131,8 +136,8 @@ def neox_sample_idx(sizes, doc_idx, rows, seq_len):
 
 def test_order_of_random_data_equals_a_naive_walk(tmp_path, monkeypatch):
     # Blocks of three documents: what is vectorised over blocks must not notice where they end.
-    whole = data.blocks
-    monkeypatch.setattr(data, "blocks", lambda count, label, size=3: whole(count, label, size))
+    whole = indexed.blocks
+    monkeypatch.setattr(indexed, "blocks", lambda count, label, size=3: whole(count, label, size))
     rng = np.random.default_rng(0)
     for trial in range(60):
         documents = random_documents(rng, int(rng.integers(1, 30)), int(rng.choice([1, 3, 20, 100])))
@@ -352,12 +357,12 @@ def test_shards_cut_anywhere_hold_the_same_rows(tmp_path):
 
 def test_shards_equal_the_whole_file(golden):
     whole = Order(golden / "synth500", 100, 64)
-    expected, sha = [whole[i] for i in range(100)], data.data_facts(whole)["bin_sha256"]
+    expected, sha = [whole[i] for i in range(100)], data.fingerprint(whole)["bin_sha256"]
     cut_into_shards(golden / "synth500", [500_001, 1_000_000, 1_777_777])
     sharded = Order(golden / "synth500", 100, 64)
     np.testing.assert_array_equal([sharded[i] for i in range(100)], expected)
     assert (
-        data.data_facts(sharded)["bin_sha256"]
+        data.fingerprint(sharded)["bin_sha256"]
         == sha
         == hashlib.sha256((GOLDEN / "synth500.bin").read_bytes()).hexdigest()
     )
@@ -438,7 +443,7 @@ def test_find_tokenizer(golden):
 
 
 def test_data_facts(golden):
-    facts = data.data_facts(Order(golden / "synth500", 19430, 64))
+    facts = data.fingerprint(Order(golden / "synth500", 19430, 64))
     assert (facts["tokens"], facts["documents"], facts["epochs"], facts["rows"]) == (1_243_473, 500, 2, 38857)
     assert [Path(file).name for file in facts["files"]] == ["synth500.idx", "synth500.bin"]
     json.dumps(facts)
@@ -594,7 +599,7 @@ def cache_of(directory):
 
 
 def forbid_building(monkeypatch):
-    monkeypatch.setattr(data, "index_maps", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(order_module, "index_maps", lambda *_: pytest.fail("built again"))
 
 
 def test_cache_is_used(golden, monkeypatch, capsys):
@@ -697,15 +702,15 @@ def test_full_disk_leaves_nothing(golden, monkeypatch, capsys):
 
 
 def test_faster_process_wins(golden, monkeypatch, capsys):
-    build = data.index_maps
+    build = order_module.index_maps
 
     def overtaken(*arguments):
-        monkeypatch.setattr(data, "index_maps", build)
+        monkeypatch.setattr(order_module, "index_maps", build)
         Order(golden / "edgeA", 57, 64)  # the other process, from start to end while this one builds
         overtaken.inode = cache_of(golden).stat().st_ino
         return build(*arguments)
 
-    monkeypatch.setattr(data, "index_maps", overtaken)
+    monkeypatch.setattr(order_module, "index_maps", overtaken)
     order = Order(golden / "edgeA", 57, 64)
     assert cache_of(golden).stat().st_ino == overtaken.inode
     np.testing.assert_array_equal(order[5], arrays("edgeA_golden")["s1234_ep2_all_rows"][5])

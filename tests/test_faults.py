@@ -31,12 +31,13 @@ import os, pickle, resource, sys, threading, time, traceback
 from dataclasses import replace
 import torch.distributed.distributed_c10d as c10d
 sys.path.insert(0, sys.argv.pop(1))
-import checkpoint, data, saving, train
-from errors import run_command
+import data, train
+from checkpoints.save import Saver
+from runtime.errors import run_command
 from model import SIZES
 
 SIZES["14m"] = replace(SIZES["14m"], layers=2, hidden=32, vocab=384)
-checkpoint.is_published_step = lambda step, last: True
+train.is_published_step = lambda step, last: True
 rank = int(os.environ.get("RANK", 0))
 
 def tell(line):
@@ -352,13 +353,13 @@ train.Pythia.forward = broken
 
 
 AT_STEP_4 = """
-save = saving.Saver.save
+save = Saver.save
 def save_with_trouble(self, step, counters):
     if step == 4 and rank == 1:
         self.wait()
         TROUBLE
     save(self, step, counters)
-saving.Saver.save = save_with_trouble
+Saver.save = save_with_trouble
 """
 
 
@@ -414,6 +415,7 @@ def test_two_runs_in_one_directory(launch, undisturbed):
 def test_a_save_that_takes_longer_than_torchrun_waits(launch, undisturbed):
     """torchrun kills after half a minute, unless told otherwise."""
     fault = """
+from checkpoints import save as saving
 handle, flush = train.StopSignal.handle, saving.flush
 def handle_and_slow_down(*args):
     global delay

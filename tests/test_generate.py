@@ -13,10 +13,10 @@ import torch
 import transformers
 
 import generate
-from errors import run_command
+from corpus.tokenizer import byte_tokenizer
 from model import SIZES, Pythia
 from model.huggingface import load, save
-from prepare import byte_tokenizer
+from runtime.errors import run_command
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "hf"

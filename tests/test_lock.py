@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from errors import UserError
-from lock import lock
+from runtime.errors import UserError
+from runtime.run_directory import lock
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,7 +23,7 @@ HOLD = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from lock import lock
+from runtime.run_directory import lock
 with lock(Path(sys.argv[2])):
     print("locked", flush=True)
     sys.stdin.read()

@@ -28,7 +28,7 @@ faulthandler.dump_traceback_later(300, exit=True)
 sys.path.insert(0, {str(ROOT)!r})
 from dataclasses import replace
 import data, train
-from errors import run_command
+from runtime.errors import run_command
 from model import SIZES
 SIZES["14m"] = replace(SIZES["14m"], layers=2, hidden=32, vocab=384)
 def batch(*args, read=data.batch):

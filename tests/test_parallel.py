@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-import checkpoint
-import parallel
 import train
-from errors import UserError
+from checkpoints import manifest
 from model import SIZES, Pythia
-from parallel import RECOMPUTE, set_recompute
+from parallel.fsdp import RECOMPUTE, set_recompute
+from runtime.errors import UserError
+from runtime.ranks import init_dist
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,7 +26,7 @@ import sys
 from dataclasses import replace
 sys.path.insert(0, sys.argv.pop(1))
 import train
-from errors import run_command
+from runtime.errors import run_command
 from model import SIZES
 SIZES["14m"] = replace(SIZES["14m"], layers=2, hidden=32, vocab=390)  # 390 rows do not divide by 4
 run_command(train.main)
@@ -114,7 +114,7 @@ def test_ranks_train_as_one_does(world, shard, ranks, one):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("saved") == 5  # steps 0, 1, 2, 4, 8, and by one rank only
     assert_same_training(several, one)
-    assert checkpoint.problems(several / f"step{STEPS}") == []
+    assert manifest.verify_checkpoint(several / f"step{STEPS}") == []
     assert len(list((several / f"step{STEPS}" / "state").glob("part-*"))) == world  # each wrote its own
     for record in metrics(several):
         assert len(record["data_seconds"]) == len(record["compute_seconds"]) == world
@@ -197,7 +197,7 @@ def test_bitwise_micro_batches_do_not_depend_on_ranks(monkeypatch):
 def test_bitwise_adds_in_pairs(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match=r"--bitwise .* needs 1, 2, 4, 8 ... ranks, not 3"):
-        parallel.start_ranks(bitwise=True)
+        init_dist(bitwise=True)
     with pytest.raises(UserError, match=r"--bitwise .*--shard auto, grad or full, not none"):
         train.parse(["--size", "14m", "--bitwise", "--shard", "none"])
 
@@ -217,7 +217,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from kernels import backend
 from model import SIZES, Pythia
-from parallel import set_recompute
+from parallel.fsdp import set_recompute
 
 kernels, recompute, file = sys.argv[1:]
 backend.choose(kernels)

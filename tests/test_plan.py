@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import plan
-import scaling
 import train
-from errors import UserError
 from model import SIZES
+from plan import report
+from plan import time as scaling
+from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,7 +28,9 @@ import gc, json, sys
 from dataclasses import replace
 import torch
 from model import SIZES, Pythia
-from parallel import Gradients, end_ranks, set_recompute, shard_weights, start_ranks
+from parallel.gradients import Gradients
+from runtime.ranks import end_dist, init_dist
+from parallel.fsdp import set_recompute, shard_weights
 from step import Step, make_optimizer
 
 def status(name):
@@ -56,20 +58,20 @@ def peak_of_a_step(config, micro_batch, seq_len, precision, recompute, shard, mi
         torch.cuda.reset_peak_memory_stats()
     else:
         open("/proc/self/clear_refs", "w").write("5")
-    step.backward(torch.randint(config.vocab, (micro_steps, micro_batch, seq_len + 1), device=ranks.device))
+    step.forward_backward(torch.randint(config.vocab, (micro_steps, micro_batch, seq_len + 1), device=ranks.device))
     step.update(1e-3)
     return (torch.cuda.max_memory_allocated() if cuda else status("VmHWM")) - before
 
-ranks = start_ranks()
+ranks = init_dist()
 shape, cases = map(json.loads, sys.argv[1:])
 config = replace(SIZES["14m"], **shape)
 for case in cases:
     small = replace(config, layers=1, hidden=16 * config.heads, vocab=128)
     peak_of_a_step(small, 1, *case[1:])  # what libraries keep for good
     peak = peak_of_a_step(config, *case)
-    if ranks.first:
+    if ranks.is_main:
         print(json.dumps(peak), flush=True)
-end_ranks(ranks, together=True)
+end_dist(ranks, together=True)
 """
 
 # micro-batch, tokens of a row, precision, recompute, shard, micro-steps, whole gradients. More than 512 tokens, since
@@ -87,7 +89,7 @@ TWO = [
 EVERY = [
     (micro_batch, 576, precision, recompute, shard, 2, True)
     for micro_batch, precision in product((1, 4), ("bf16", "fp32"))
-    for recompute, shard in product(plan.KEPT, ("none", "grad", "full"))
+    for recompute, shard in product(report.KEPT, ("none", "grad", "full"))
 ]
 
 
@@ -101,7 +103,7 @@ def check_measured(world: int, shape: dict, cases: list, folder: Path, environme
     config, wrong = replace(SIZES["14m"], **shape), []
     for case, peak in zip(cases, map(int, done.stdout.split()), strict=True):
         *common, micro_steps, whole = case
-        planned = sum(plan.memory(config, *common, world, world, micro_steps, whole).values())
+        planned = sum(report.memory(config, *common, world, world, micro_steps, whole).values())
         if not 0.9 <= planned / peak <= 1.15:
             wrong.append(f"{case}: {planned / 1e6:.1f} MB planned, {peak / 1e6:.1f} measured")
     assert not wrong, "\n".join(wrong)
@@ -126,7 +128,7 @@ def test_memory_is_what_a_cpu_takes(world, cases, tmp_path):
 def test_memory_is_what_a_gpu_takes(tmp_path):
     cases = [
         (micro_batch, 2048, "bf16", recompute, "none", micro_steps, True)
-        for micro_batch, recompute, micro_steps in product((1, 8), plan.KEPT, (1, 2))
+        for micro_batch, recompute, micro_steps in product((1, 8), report.KEPT, (1, 2))
     ]
     check_measured(1, {"layers": 12, "hidden": 768, "heads": 12}, cases, tmp_path, {})
 
@@ -143,7 +145,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-import parallel
+from parallel import fsdp, gradients
+from runtime.ranks import Dist
 from kernels import backend
 from kernels.cross_entropy import TRITON_CHUNK
 from model import SIZES, Pythia
@@ -151,7 +154,7 @@ from step import Step
 
 warnings.simplefilter("ignore")
 backend.INTERPRETED = True  # the ops of a GPU, which fake tensors never run
-real_mesh = parallel.init_device_mesh
+real_mesh = fsdp.init_device_mesh
 
 def init_device_mesh(*args, **options):
     with unset_fake_temporarily():
@@ -190,19 +193,19 @@ def peak_of_a_step(config, micro_batch, recompute, shard, micro_steps, whole_gra
         Pythia.init_weights = lambda *_: None
         model = Pythia(config)
         model.compute_dtype = torch.float16  # as wide as bfloat16, which the interpreter refuses
-        ranks = parallel.Ranks(0, world, torch.device("cpu"), node=8)
-        parallel.shard_weights(model, shard, ranks, torch.float16)
-        parallel.set_recompute(model, recompute)
-        step = Step(model, parallel.Gradients(model, ranks, shard, whole_gradients), None, ranks)
+        ranks = Dist(0, world, torch.device("cpu"), local_world_size=8)
+        fsdp.shard_weights(model, shard, ranks, torch.float16)
+        fsdp.set_recompute(model, recompute)
+        step = Step(model, gradients.Gradients(model, ranks, shard, whole_gradients), None, ranks)
         tokens = torch.zeros(micro_steps, micro_batch, 2049, dtype=torch.long)
         with alive:
-            moments = [torch.zeros_like(parallel.local(p)) for p in model.parameters() for _ in range(2)]
-            step.backward(tokens)
+            moments = [torch.zeros_like(fsdp.local(p)) for p in model.parameters() for _ in range(2)]
+            step.forward_backward(tokens)
         return alive.peak
 
 world, cases = map(json.loads, sys.argv[1:])
-parallel.init_device_mesh = init_device_mesh
-parallel.Ranks.gather = lambda ranks, x: Nodes([8, 8])
+fsdp.init_device_mesh = init_device_mesh
+Dist.all_gather = lambda ranks, x: Nodes([8, 8])
 if world > 1:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
 for size, layers, *case in cases:
@@ -226,7 +229,7 @@ COUNTED = {
 }
 EVERY_COUNTED = [
     ("2.8b", 4, micro_batch, recompute, shard, *micro_steps)
-    for micro_batch, recompute, shard in product((1, 8), plan.KEPT, plan.SHARDS)
+    for micro_batch, recompute, shard in product((1, 8), report.KEPT, report.SHARDS)
     for micro_steps in ((1, True), (2, shard == "none"))
 ]
 
@@ -243,7 +246,7 @@ def test_memory_is_that_of_all_tensors(world, cases, tmp_path):
     wrong = []
     for (size, layers, micro_batch, recompute, shard, *rest), peak in zip(cases, map(int, done.stdout.split())):
         config = replace(SIZES[size], layers=layers)
-        planned = sum(plan.memory(config, micro_batch, 2048, "bf16", recompute, shard, world, 8, *rest).values())
+        planned = sum(report.memory(config, micro_batch, 2048, "bf16", recompute, shard, world, 8, *rest).values())
         if not 0.98 <= planned / peak <= 1.13:
             wrong.append(f"{size, micro_batch, recompute, shard, *rest}: {planned / peak:.3f} of {peak / 1e9:.2f} GB")
     assert not wrong, "\n".join(wrong)
@@ -252,10 +255,10 @@ def test_memory_is_that_of_all_tensors(world, cases, tmp_path):
 def test_who_holds_what():
     config = SIZES["12b"]
     for shard, parts in (("none", 1), ("hybrid", 8), ("grad", 16), ("full", 16)):
-        held = plan.memory(config, 1, 2048, "bf16", "none", shard, world=16, node=8)
+        held = report.memory(config, 1, 2048, "bf16", "none", shard, world=16, node=8)
         assert held["weights (fp32)"] == 4 * config.parameters / parts
         assert held["Adam moments (fp32)"] == 8 * config.parameters / parts
-    assert plan.snapshot_memory(config, 16) == 12 * config.parameters / 16
+    assert report.snapshot_memory(config, 16) == 12 * config.parameters / 16
 
 
 # Settings
@@ -279,17 +282,17 @@ def test_traffic_has_a_price():
 def test_settings_of_12b_on_a_node_of_a100():
     config = SIZES["12b"]
     rates = scaling.assumed(config, "bf16", "A100-80GB")
-    found = plan.settings(config, 8, 1024, 2048, "bf16", rates=rates)
+    found = report.settings(config, 8, 1024, 2048, "bf16", rates=rates)
     assert [s.time.total for s in found] == sorted(s.time.total for s in found)
     at = {setting[:4]: i for i, setting in enumerate(found)}
     assert found[0][:2] == ("grad", "none")
-    for micro_batch in plan.MICRO_BATCHES:
+    for micro_batch in report.MICRO_BATCHES:
         order = [at["grad", recompute, micro_batch, True] for recompute in ("none", "cheap", "full")]
         assert order == sorted(order)
         assert at["grad", "cheap", micro_batch, True] < at["full", "cheap", micro_batch, True]
         if micro_batch > 1:  # a second forward pass costs more than weights that are fetched twice
             assert at["full", "none", micro_batch, True] < at["grad", "full", micro_batch, True]
-    best = plan.fastest(config, 80e9, 8, 1024, 2048, "bf16", rates=rates)
+    best = report.fastest(config, 80e9, 8, 1024, 2048, "bf16", rates=rates)
     assert best.recompute != "full"
     assert best.bytes < 0.92 * 80e9
 
@@ -298,13 +301,13 @@ def test_settings_of_12b_on_a_node_of_a100():
 def test_fastest(size):
     config, times = SIZES[size], []
     for gigabytes in (10_000, 141, 80, 40, 24, 8):
-        best = plan.fastest(config, gigabytes * 1e9, 8, 1024, 2048, "bf16")
+        best = report.fastest(config, gigabytes * 1e9, 8, 1024, 2048, "bf16")
         if best is None:
             times.append(float("inf"))
             continue
         assert best.bytes <= 0.92 * gigabytes * 1e9
         args = best.micro_batch, 2048, "bf16", best.recompute, best.shard, 8, 8, 1024 // (8 * best.micro_batch)
-        assert sum(plan.memory(config, *args, best.whole_gradients).values()) == best.bytes
+        assert sum(report.memory(config, *args, best.whole_gradients).values()) == best.bytes
         assert scaling.step_time(config, scaling.assumed(config, "bf16"), *args, best.whole_gradients) == best.time
         times.append(best.time.total)
         if gigabytes == 10_000:
@@ -314,37 +317,37 @@ def test_fastest(size):
 
 
 def test_micro_batches_divide_the_rows_of_a_rank():
-    found = plan.settings(SIZES["14m"], 4, 24, 2048, "bf16")
+    found = report.settings(SIZES["14m"], 4, 24, 2048, "bf16")
     assert {setting.micro_batch for setting in found} == {1, 2}
     assert {setting.shard for setting in found} == {"none", "grad", "full"}
-    assert {setting.shard for setting in plan.settings(SIZES["14m"], 1, 24, 2048, "bf16")} == {"none"}
-    assert "hybrid" in {setting.shard for setting in plan.settings(SIZES["14m"], 16, 64, 2048, "bf16")}
+    assert {setting.shard for setting in report.settings(SIZES["14m"], 1, 24, 2048, "bf16")} == {"none"}
+    assert "hybrid" in {setting.shard for setting in report.settings(SIZES["14m"], 16, 64, 2048, "bf16")}
 
 
 def test_choose_shard():
-    def choose(size: str, gigabytes: float, **restricted) -> plan.Setting:
+    def choose(size: str, gigabytes: float, **restricted) -> report.Setting:
         args = 8, 8, 2, 2048, "bf16", "cheap", 1024
-        return plan.choose_shard(SIZES[size], gigabytes * 1e9, *args, **restricted)
+        return report.choose_shard(SIZES[size], gigabytes * 1e9, *args, **restricted)
 
     assert choose("1.4b", 80)[:4] == ("grad", "cheap", 2, True)
     assert choose("1.4b", 80, shards=("full",)).shard == "full"
     assert choose("12b", 40)[:4] == ("full", "cheap", 2, False)  # whole gradients alone are 47 GB
     assert choose("12b", 24)[:4] == ("full", "cheap", 2, False)  # fits not, but needs least
-    assert plan.choose_shard(SIZES["14m"], 24e9, 1, 1, 2, 2048, "bf16", "none", 16, ("full",)).shard == "full"
+    assert report.choose_shard(SIZES["14m"], 24e9, 1, 1, 2, 2048, "bf16", "none", 16, ("full",)).shard == "full"
 
 
 # Machines, and the text
 
 
 def test_machines(monkeypatch):
-    assert plan.parse_machine("16xA100-40GB", 1024) == ("A100-40GB", 16, 8)
-    assert plan.parse_machine("4x3090", 1024) == ("3090", 4, 4)
-    assert str(plan.parse_machine("", 1024)) == "8xH100"
-    assert str(plan.parse_machine("", 12)) == "4xH100"
+    assert report.parse_machine("16xA100-40GB", 1024) == ("A100-40GB", 16, 8)
+    assert report.parse_machine("4x3090", 1024) == ("3090", 4, 4)
+    assert str(report.parse_machine("", 1024)) == "8xH100"
+    assert str(report.parse_machine("", 12)) == "4xH100"
     monkeypatch.setenv("WORLD_SIZE", "12")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
-    assert plan.parse_machine("", 1020) == ("H100", 12, 6)
-    assert plan.parse_machine("2xL40S", 1020).world == 2
+    assert report.parse_machine("", 1020) == ("H100", 12, 6)
+    assert report.parse_machine("2xL40S", 1020).world == 2
     for text, message in (
         ("8xB52", "one of H200, H100, A100-80GB, A100-40GB, L40S, 4090, 3090, such as"),
         ("H100", "a number and one of"),
@@ -353,21 +356,21 @@ def test_machines(monkeypatch):
         ("8xH100", "--batch-size 1020 does not divide among 8 ranks"),
     ):
         with pytest.raises(UserError, match=f"--plan-for {text}: .*{message}"):
-            plan.parse_machine(text, 1020)
+            report.parse_machine(text, 1020)
 
 
 def test_peak_of_devices(monkeypatch):
     for name, flops in (("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA H200", 989e12), ("Tesla T4", None)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
-        assert plan.peak_flops(torch.device("cuda")) == flops
-    assert plan.peak_flops(torch.device("cpu")) is None
+        assert report.peak_flops(torch.device("cuda")) == flops
+    assert report.peak_flops(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize(
     ("size", "machine"), [("12b", "16xA100-40GB"), ("14m", "1x3090"), ("6.9b", "1x4090"), ("1b", "")]
 )
 def test_text(size, machine, monkeypatch):
-    lines = plan.plan(SIZES[size], 143_000, 1024, 8, 2048, "bf16", "none", plan_for=machine).split("\n")
+    lines = report.plan(SIZES[size], 143_000, 1024, 8, 2048, "bf16", "none", plan_for=machine).split("\n")
     assert len(lines) <= 70
     assert max(map(len, lines)) <= 120
     if size == "6.9b":
@@ -379,9 +382,9 @@ def test_text(size, machine, monkeypatch):
     assert world == int((machine or "8xH100").split("x")[0])
     monkeypatch.setenv("WORLD_SIZE", str(world))
     s = train.parse(shlex.split(flags.split("\n")[0]))  # the line works
-    m = plan.parse_machine(machine, 1024)
+    m = report.parse_machine(machine, 1024)
     rates, _ = scaling.known_rates(SIZES[size], "bf16", m.name)
-    best = plan.fastest(SIZES[size], m.gpu.memory, world, 1024, 2048, "bf16", rates=rates)
+    best = report.fastest(SIZES[size], m.gpu.memory, world, 1024, 2048, "bf16", rates=rates)
     assert (s.size, s.shard, s.recompute, s.micro_batch) == (size, *best[:3])
 
 
@@ -393,7 +396,7 @@ def table(lines: list[str], title: str) -> list[list[str]]:
 
 def test_numbers_of_scaling_belong_together():
     config = SIZES["12b"]
-    text = plan.plan(config, 143_000, 1024, 8, 2048, "bf16", "none", plan_for="8x4090")
+    text = report.plan(config, 143_000, 1024, 8, 2048, "bf16", "none", plan_for="8x4090")
     rows = table(text.split("\n"), "Scaling of 12b on nodes of 8 4090")
     assert [int(row[0]) for row in rows] == [8, 16, 32, 64, 128, 256, 512]
     assert rows[0][1:] == ["nothing", "fits"]
@@ -406,15 +409,15 @@ def test_numbers_of_scaling_belong_together():
         assert efficiency == pytest.approx(100 * rate / world / (float(first[6]) / int(first[0])), abs=0.51)
         assert days == pytest.approx(299_892_736_000 / rate / 86400, rel=1e-3, abs=0.006)
         assert hours == pytest.approx(24 * days * world, rel=1e-3, abs=24 * 0.006 * world)
-        assert shard in plan.SHARDS
-        assert recompute in plan.KEPT
+        assert shard in report.SHARDS
+        assert recompute in report.KEPT
         assert world * int(micro_batch) <= 1024
-    assert "do not divide" in plan.plan(config, 10, 12, 1, 2048, "bf16", "none")
+    assert "do not divide" in report.plan(config, 10, 12, 1, 2048, "bf16", "none")
 
 
 def test_published_hours_are_above_the_estimates():
     """Pythia's hours as published, and estimates for the same machines: more than ideal, less than theirs."""
-    rows = table(plan.plan(SIZES["14m"], 10, 64, 8, 512, "bf16", "none").split("\n"), "All sizes on 8xH100")
+    rows = table(report.plan(SIZES["14m"], 10, 64, 8, 512, "bf16", "none").split("\n"), "All sizes on 8xH100")
     assert [row[0] for row in rows[:10]] == list(SIZES)
     published = {row[0]: (int(row[-3]), int(row[-2]), int(row[-1])) for row in rows[2:10]}
     assert [hours for _, hours, _ in published.values()] == [510, 1030, 2540, 4830, 7120, 14240, 33500, 72300]
@@ -428,7 +431,7 @@ def test_text_tells_what_was_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(scaling, "RESULTS", tmp_path)
     result = {"gpu": "NVIDIA H100 80GB HBM3", "copy_bytes_per_s": 2.9e12, "product_flops_per_s": {"1b": 601e12}}
     (tmp_path / "roofline-h100.json").write_text(json.dumps(result))
-    lines = plan.plan(SIZES["1b"], 10, 64, 8, 2048, "bf16", "none").split("\n")
+    lines = report.plan(SIZES["1b"], 10, 64, 8, 2048, "bf16", "none").split("\n")
     for rate in ("products 601 TFLOP/s", "memory 2.90 TB/s"):
         assert any(rate in line and line.endswith("measured (bench/results/roofline-h100.json)") for line in lines)
     assert sum("assumed: " in line for line in lines) == 4

@@ -16,10 +16,10 @@ import zstandard
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import data
-import prepare
-from data import IndexedTokens
-from errors import UserError
-from prepare import byte_tokenizer
+from corpus import prepare
+from corpus.indexed import IndexedTokens
+from corpus.tokenizer import byte_tokenizer, can_cut
+from runtime.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -229,7 +229,7 @@ def test_documents_are_cut_in_that_test(monkeypatch, merging_tokenizer):
     small_pieces(monkeypatch, 7, 100)
     text = ODD[0] * 20
     tokenizer = Tokenizer.from_file(str(merging_tokenizer))
-    assert prepare.can_cut(tokenizer)
+    assert can_cut(tokenizer)
     cut = list(prepare.pieces((text[i : i + 7] for i in range(0, len(text), 7)), True))
     assert len(cut) > 40
     assert "".join(piece for piece, _ in cut) == text
@@ -273,7 +273,7 @@ def test_other_tokenizers_get_whole_documents(tmp_path, monkeypatch, merging_tok
         path = tmp_path / f"{number}.json"
         path.write_text(json.dumps(spec(merging_tokenizer, **changes)))
         tokenizer = Tokenizer.from_file(str(path))
-        assert prepare.can_cut(tokenizer) == cuttable
+        assert can_cut(tokenizer) == cuttable
         prepare.prepare([tmp_path / "in.jsonl"], tmp_path / f"{number}", path)
         tokenizer.no_padding()
         tokenizer.no_truncation()
@@ -294,7 +294,7 @@ def test_large_vocabularies_take_four_bytes(tmp_path):
 
 def test_memory_does_not_grow_with_the_input(tmp_path):
     """Peak memory in MB for inputs of 2 and 8 MB: one text, and many documents. (Held as encodings, 8 MB take 1 GB.)"""
-    code = "import prepare, resource, sys; prepare.prepare(sys.argv[1:2], sys.argv[2]);"
+    code = "import resource, sys; from corpus import prepare; prepare.prepare(sys.argv[1:2], sys.argv[2]);"
     code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
     line, peaks = "All work and no play makes Jack a dull boy.\n", {}
     for kind, content in (("txt", line), ("jsonl", json.dumps({"text": line}) + "\n")):
@@ -459,7 +459,7 @@ def test_demo(tmp_path, monkeypatch, capsys):
     assert sorted(path.suffix for path in Path("runs").glob("demo.*") if path.is_file()) == [".bin", ".idx", ".json"]
     assert 5_000_000 < rows.data.tokens < 10_000_000
     assert data.find_tokenizer("demo") == Path("runs/demo.tokenizer.json")
-    assert data.data_facts(rows)["bin_sha256"]
+    assert data.fingerprint(rows)["bin_sha256"]
 
     # The first and the last document are files of the library, whole.
     tokenizer, library = byte_tokenizer(), Path(sysconfig.get_paths()["stdlib"])
@@ -478,4 +478,4 @@ def test_demo(tmp_path, monkeypatch, capsys):
     demo = data.open_rows("demo", data.requested_samples(60, 16), seq_len=256)  # the rows of `train.py --demo`
     seen = command(tmp_path, "view", "--demo", "--step", "7", "--row", "3")
     assert seen.stdout.startswith("--- step 7, row 3 of 16 (row 115 of the order)")
-    assert prepare.byte_tokenizer().decode(demo[115].tolist(), skip_special_tokens=False) in seen.stdout
+    assert byte_tokenizer().decode(demo[115].tolist(), skip_special_tokens=False) in seen.stdout

@@ -27,9 +27,9 @@ from bench.roofline import (
     row,
     update_ops,
 )
-from errors import UserError
 from model import SIZES, Pythia
 from model import pythia as network
+from runtime.errors import UserError
 
 CONFIG = replace(SIZES["14m"], layers=3, hidden=32, heads=2, vocab=51_000, seq_len=24)
 
@@ -57,7 +57,7 @@ def test_ops_are_called_as_in_the_step(form, monkeypatch):
         monkeypatch.setattr(network, name, wrapper)
         monkeypatch.setattr(roofline, name, wrapper)
     monkeypatch.setattr(torch.nn.functional, "embedding", recorded("embedding", torch.nn.functional.embedding))
-    build_step(form).backward(torch.randint(CONFIG.vocab, (1, 2, CONFIG.seq_len + 1)))
+    build_step(form).forward_backward(torch.randint(CONFIG.vocab, (1, 2, CONFIG.seq_len + 1)))
     in_the_step = calls.copy()
     assert sum(in_the_step.values()) == 3 * (4 + 1 + 1 + 1) + 3
 
@@ -102,7 +102,7 @@ def test_bytes_of_forward_are_its_tensors(form):
 
 def test_bytes_of_the_update(form):
     step = build_step(form)
-    step.backward(torch.randint(CONFIG.vocab, (1, 2, CONFIG.seq_len + 1)))
+    step.forward_backward(torch.randint(CONFIG.vocab, (1, 2, CONFIG.seq_len + 1)))
     numbers, matrices = sum(p.numel() for p in step.model.parameters()), CONFIG.layers * 12 * CONFIG.hidden**2
     expected = {"norm of gradients": 4 * numbers, "clipping and AdamW": 28 * numbers}
     half = form.dtype == torch.bfloat16

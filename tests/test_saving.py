@@ -24,13 +24,14 @@ import transformers
 from safetensors.torch import load_file
 from test_checkpoint import COUNTERS, MANIFEST, MICRO, MODEL, TINY, Trainee, two_checkpoints
 
-import checkpoint
-import saving
-from checkpoint import clean_up, problems, restorable, saved_steps, steps_with_state
-from errors import UserError
+from checkpoints import manifest
+from checkpoints import save as save_module
+from checkpoints.manifest import clean_up, saved_steps, steps_with_state, verify_checkpoint
+from checkpoints.resume import latest_valid_step
+from checkpoints.save import Saver
 from model import huggingface
-from parallel import Ranks
-from saving import Saver
+from runtime.errors import UserError
+from runtime.ranks import Dist
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,7 +83,7 @@ def test_model_files_of_many_shards(tmp_path, monkeypatch):
     assert not (directory / MODEL).exists()
     assert index["metadata"]["total_size"] == 4 * MICRO.parameters
     assert index["weight_map"] == {name: file.name for file in files for name in load_file(file)}
-    assert problems(directory) == []
+    assert verify_checkpoint(directory) == []
 
     theirs = transformers.GPTNeoXForCausalLM.from_pretrained(directory, dtype=torch.float32)
     ours = {huggingface.huggingface_name(name): p for name, p in original.model.named_parameters()}
@@ -111,8 +112,8 @@ def test_pieces(tmp_path, monkeypatch):
     trainee = Trainee(steps=2)
     expected = trainee.save(tmp_path / "whole", 2, world=2)
     for size in (1, 100, 1000):
-        monkeypatch.setattr(saving, "PIECE", size)
-        monkeypatch.setattr(checkpoint, "PIECE", size)
+        monkeypatch.setattr(save_module, "CHUNK_BYTES", size)
+        monkeypatch.setattr(manifest, "CHUNK_BYTES", size)
         directory = trainee.save(tmp_path / f"{size}", 2, world=2)
         assert (directory / MANIFEST).read_bytes() == (expected / MANIFEST).read_bytes()
         assert restored(directory) == trainee.bits()
@@ -125,7 +126,7 @@ def test_saving_a_step_again_replaces_it_whole(run):
     part = "state/part-00001-of-00001.safetensors"
     assert files == sorted(["config.json", MANIFEST, MODEL, "state/counters.json", part])
     assert restored(run / "step2") == newer.bits()
-    assert problems(run / "step1") == []
+    assert verify_checkpoint(run / "step1") == []
     assert temporaries(run) == []
 
 
@@ -137,7 +138,7 @@ def test_only_the_newest_keep_their_state(tmp_path):
         assert saved_steps(tmp_path) == list(range(1, step + 1))
         assert steps_with_state(tmp_path) == list(range(max(1, step - 1), step + 1))
     for step in range(1, 6):
-        assert problems(tmp_path / f"step{step}") == []
+        assert verify_checkpoint(tmp_path / f"step{step}") == []
         assert ((tmp_path / f"step{step}" / "state").exists()) == (step >= 4)
         weights = load_file(tmp_path / f"step{step}" / MODEL)["gpt_neox.embed_in.weight"]
         assert torch.equal(weights, Trainee(steps=step).model.embed.half())
@@ -156,22 +157,22 @@ def test_neither_the_future_nor_the_damaged_push_out_a_whole_one(tmp_path):
     assert steps_with_state(tmp_path) == [4, 5, 6, 8, 16, 32]
     trainee.save(tmp_path, 7, keep_state=2)
     assert steps_with_state(tmp_path) == [5, 6, 7, 8, 16, 32]
-    assert [step for step in saved_steps(tmp_path) if problems(tmp_path / f"step{step}")] == [5]
+    assert [step for step in saved_steps(tmp_path) if verify_checkpoint(tmp_path / f"step{step}")] == [5]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": 7}'])
 def test_a_damaged_older_checkpoint_does_not_stop_a_save(run, text):
     (run / "step1" / MANIFEST).write_text(text)
     Trainee(steps=3).save(run, 3, keep_state=1)
-    assert problems(run / "step3") == []
-    assert problems(run / "step2") == []
+    assert verify_checkpoint(run / "step3") == []
+    assert verify_checkpoint(run / "step2") == []
 
 
 def test_state_that_somebody_removed_does_not_stop_a_save(run):
     shutil.rmtree(run / "step1" / "state")
     Trainee(steps=3).save(run, 3, keep_state=1)
     assert steps_with_state(run) == [3]
-    assert all(problems(run / f"step{step}") == [] for step in (1, 2, 3))
+    assert all(verify_checkpoint(run / f"step{step}") == [] for step in (1, 2, 3))
 
 
 def test_permissions_follow_the_umask(tmp_path):
@@ -216,8 +217,8 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch
 @pytest.fixture
 def gate(monkeypatch):
     """An open gate that write_tensors goes through when it begins."""
-    event, original = Event(), saving.write_tensors
-    monkeypatch.setattr(saving, "write_tensors", lambda *args: event.wait(60) and original(*args))
+    event, original = Event(), save_module.write_tensors
+    monkeypatch.setattr(save_module, "write_tensors", lambda *args: event.wait(60) and original(*args))
     yield event
     event.set()
 
@@ -231,7 +232,7 @@ def test_what_is_saved_is_what_was_there_at_the_call(tmp_path, gate, steps):
     saver.save(steps, counters)
     counters["list"].append(2)
     for step in range(steps, steps + 4):
-        saver.before_update()
+        saver.wait_for_snapshot()
         trainee.train(step, step + 1)
     assert trainee.bits() != expected
     assert saved_steps(tmp_path) == []  # nothing was written before, nor waited for
@@ -248,9 +249,9 @@ def test_no_update_before_the_snapshot_is_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(Saver, "_copy", lambda self, tensors: begin.wait(60) and copy(self, tensors))
     trainee = Trainee(steps=1)
     (saver,) = trainee.savers(tmp_path)
-    saver.before_update()  # nothing to wait for
+    saver.wait_for_snapshot()  # nothing to wait for
     saver.save(1, COUNTERS)
-    update = Thread(target=saver.before_update)
+    update = Thread(target=saver.wait_for_snapshot)
     update.start()
     update.join(0.1)
     assert update.is_alive()
@@ -265,7 +266,7 @@ def test_a_second_save_waits_for_the_first(tmp_path, gate):
     trainee = Trainee(steps=1)
     (saver,) = trainee.savers(tmp_path)
     saver.save(1, COUNTERS)
-    saver.before_update()
+    saver.wait_for_snapshot()
     trainee.train(1, 2)
     second = Thread(target=saver.save, args=(2, COUNTERS))
     second.start()
@@ -302,7 +303,7 @@ def assert_failed(trainee, run, step, *words, world=1):
     savers = trainee.savers(run, world)
     for saver in savers:
         saver.save(step, COUNTERS)
-        saver.before_update()
+        saver.wait_for_snapshot()
     for saver in savers:
         saver.wait()
         with pytest.raises(UserError) as caught:
@@ -323,7 +324,7 @@ def test_full_disk_is_noticed_before_writing(run, monkeypatch):
     assert_failed(trainee, run, 4, "no room for", world=2)
     assert sorted(run.rglob("*")) == before
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size + 2**26))
-    assert problems(trainee.save(run, 4)) == []
+    assert verify_checkpoint(trainee.save(run, 4)) == []
 
 
 @contextmanager
@@ -362,18 +363,18 @@ def test_a_disk_that_runs_full(tmp_path, monkeypatch, world):
             for saver in savers:
                 saver.wait()
             filler.unlink()
-            assert problems(run / "step1") == []
+            assert verify_checkpoint(run / "step1") == []
             if savers[0].failure is None:
                 break
             failed += 1
             assert "No space left" in savers[0].failure
             assert [path.name for path in run.iterdir()] == ["step1"]
-        assert problems(run / "step2") == []
+        assert verify_checkpoint(run / "step2") == []
         assert failed >= 5
         assert saved_steps(run) == [1, 2]
         trainee.save(run, 3)
         assert saved_steps(run) == [1, 2, 3]
-        assert all(problems(run / f"step{step}") == [] for step in (1, 2, 3))
+        assert all(verify_checkpoint(run / f"step{step}") == [] for step in (1, 2, 3))
         assert temporaries(run) == []
 
 
@@ -393,7 +394,7 @@ def test_a_disk_that_can_not_be_written(tmp_path, monkeypatch):
         trainee.save(run, 1)
         subprocess.run(["mount", "-o", "remount,ro", run], check=True)
         assert_failed(trainee, run, 2, "Read-only file system")
-        assert problems(run / "step1") == []
+        assert verify_checkpoint(run / "step1") == []
         assert saved_steps(run) == [1]
 
 
@@ -420,7 +421,7 @@ def test_a_run_directory_that_is_gone(tmp_path):
 
 def test_a_part_that_is_read_back_otherwise(run, monkeypatch):
     """The model is made from the parts on disk: a bit that flips there must not become a model with right checksums."""
-    original = saving.find_rows
+    original = save_module.find_rows
 
     def find_damaged_rows(parts, shapes):
         stored = original(parts, shapes)
@@ -431,13 +432,13 @@ def test_a_part_that_is_read_back_otherwise(run, monkeypatch):
             file.write(bytes([byte ^ 1]))
         return stored
 
-    monkeypatch.setattr(saving, "find_rows", find_damaged_rows)
+    monkeypatch.setattr(save_module, "find_rows", find_damaged_rows)
     assert_failed(Trainee(steps=3), run, 3, "part-00002-of-00002.safetensors", world=2)
     assert temporaries(run) == []
 
 
 def test_an_error_of_our_own_does_not_leave_others_waiting(run, monkeypatch):
-    monkeypatch.setattr(saving, "find_rows", lambda *_: 1 / 0)
+    monkeypatch.setattr(save_module, "find_rows", lambda *_: 1 / 0)
     assert_failed(Trainee(steps=3), run, 3, "ZeroDivisionError", world=2)
     assert saved_steps(run) == [1, 2]
     assert temporaries(run) == []
@@ -450,7 +451,7 @@ def test_an_update_does_not_wait_for_a_snapshot_that_failed(tmp_path, monkeypatc
     monkeypatch.setattr(Saver, "_copy", fail)
     (saver,) = Trainee(steps=1).savers(tmp_path)
     saver.save(1, COUNTERS)
-    update = Thread(target=saver.before_update, daemon=True)
+    update = Thread(target=saver.wait_for_snapshot, daemon=True)
     update.start()
     update.join(20)
     assert not update.is_alive()
@@ -525,9 +526,9 @@ class Saboteur:
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(checkpoint, "ThreadPoolExecutor", partial(ThreadPoolExecutor, 1))
+    monkeypatch.setattr(manifest, "ThreadPoolExecutor", partial(ThreadPoolExecutor, 1))
     said = []
-    monkeypatch.setattr(Ranks, "print", lambda ranks, line: said.append(line) if ranks.first else None)
+    monkeypatch.setattr(Dist, "print", lambda ranks, line: said.append(line) if ranks.is_main else None)
     return said
 
 
@@ -569,11 +570,15 @@ def test_killed_at_any_call(saved, tmp_path, quick, trials):
         if n is None:  # the first of its kind is not killed, and tells how many calls there are
             lengths[world, keep] = saboteur.calls
             assert saboteur.calls > 60
-        assert all(problems(run / f"step{step}") == [] for step in set(saved_steps(run)) - {1, 2}), (trial, n, how)
+        assert all(verify_checkpoint(run / f"step{step}") == [] for step in set(saved_steps(run)) - {1, 2}), (
+            trial,
+            n,
+            how,
+        )
         clean_up(run)
         assert temporaries(run) == [], (trial, n, how)
-        assert all(problems(run / f"step{step}") == [] for step in saved_steps(run)), (trial, n, how)
-        newest = restorable(run, Ranks())
+        assert all(verify_checkpoint(run / f"step{step}") == [] for step in saved_steps(run)), (trial, n, how)
+        newest = latest_valid_step(run, Dist())
         assert newest >= reported, (trial, n, how)
         assert restored(run / f"step{newest}") in sound[newest], (trial, n, how)
         shutil.rmtree(run)
@@ -605,8 +610,8 @@ def test_an_error_at_any_call(saved, tmp_path, quick, step, world):
         assert {1, 2} <= set(saved_steps(run)) <= {1, 2, step}, n
         clean_up(run)
         assert temporaries(run) == [], n
-        assert all(problems(run / f"step{s}") == [] for s in saved_steps(run)), n
-        assert restored(run / f"step{restorable(run, Ranks())}") in sound[not line and 1 :], n
+        assert all(verify_checkpoint(run / f"step{s}") == [] for s in saved_steps(run)), n
+        assert restored(run / f"step{latest_valid_step(run, Dist())}") in sound[not line and 1 :], n
         shutil.rmtree(run)
         quick.clear()
         if saboteur.calls < n:
@@ -624,13 +629,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from test_checkpoint import MICRO, make_optimizer
-import checkpoint, saving
-from errors import UserError
+from checkpoints import manifest, resume, save
+from runtime.errors import UserError
 from model import Pythia
-from parallel import local, local_rows, shard_weights, start_ranks
+from parallel.fsdp import local, local_rows, shard_weights
+from runtime.ranks import init_dist
 
 run, what = Path(sys.argv[3]), sys.argv[4]
-ranks = start_ranks()
+ranks = init_dist()
 
 
 def values(name, step):
@@ -672,43 +678,43 @@ shapes = {name: p.shape for name, p in Pythia(MICRO).named_parameters()}
 if what == "save":
     for step, shard in ((1, "full"), (2, "none")):
         model, optimizer = trainee(shard, step)
-        saver = saving.Saver(run, model, optimizer, ranks, torch.float16)
+        saver = save.Saver(run, model, optimizer, ranks, torch.float16)
         saver.save(step, {"updates": step})
-        saver.before_update()
+        saver.wait_for_snapshot()
         fill(model, optimizer, 99)  # goes on
         saver.finish()
     # The disk of one rank is full.
-    original = saving.write_tensors
+    original = save.write_tensors
     def full(path, *args):
         if ranks.rank == 1:
             raise OSError(28, "No space left on device")
         return original(path, *args)
-    saving.write_tensors = full
+    save.write_tensors = full
     saver.save(3, {})
     try:
         saver.finish()
         raise SystemExit("saved on a full disk")
     except UserError as error:
-        lines = set(ranks.texts(str(error)))
+        lines = set(ranks.all_gather_str(str(error)))
         assert len(lines) == 1 and "step3" in str(error) and "rank 1: No space left" in str(error), lines
-    saving.write_tensors = original
+    save.write_tensors = original
     assert sorted(path.name for path in run.iterdir()) == ["step1", "step2"]
 else:
-    assert checkpoint.restorable(run, ranks) == 2
+    assert resume.latest_valid_step(run, ranks) == 2
 for step in (1, 2):
     for shard in ("full", "none"):
         model, optimizer = trainee(shard)
-        assert checkpoint.restore(run / f"step{step}", model, optimizer, ranks) == {"updates": step}
+        assert resume.restore(run / f"step{step}", model, optimizer, ranks) == {"updates": step}
         check(model, optimizer, step)
 # Damage that only one of the ranks hashes is seen by all.
 if what != "save":
     part = run / "step2" / f"state/part-00002-of-00003.safetensors"
-    if ranks.first:
+    if ranks.is_main:
         part.write_bytes(part.read_bytes()[:-1] + b"x")
-    ranks.wait()
-    assert checkpoint.restorable(run, ranks) == 1
+    ranks.barrier()
+    assert resume.latest_valid_step(run, ranks) == 1
     try:
-        checkpoint.restore(run / "step2", model, optimizer, ranks)
+        resume.restore(run / "step2", model, optimizer, ranks)
         raise SystemExit("a damaged part was loaded")
     except UserError as error:
         assert str(part) in str(error)
@@ -745,8 +751,8 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from model import SIZES, Pythia, huggingface
-from parallel import Ranks
-from saving import Saver
+from runtime.ranks import Dist
+from checkpoints.save import Saver
 from step import make_optimizer
 
 def status(key):
@@ -764,7 +770,7 @@ def measured(name, call):
 torch.set_num_threads(1)
 model = Pythia(replace(SIZES["31m"], layers=2), seed=0)
 optimizer = make_optimizer(model, 1e-3)
-saver = Saver(Path(sys.argv[1]), model, optimizer, Ranks(), torch.float32)
+saver = Saver(Path(sys.argv[1]), model, optimizer, Dist(), torch.float32)
 saver._write_part = measured("state", saver._write_part)
 saver._write_model = measured("model", saver._write_model)
 saver.save(0, {})
@@ -784,7 +790,7 @@ def test_memory(tmp_path):
     tensor = 4 * 50304 * 256
     assert (tmp_path / "run/step0" / MODEL).stat().st_size > 2 * tensor
     assert int(taken["state"]) < tensor / 4
-    assert checkpoint.PIECE < int(taken["model"]) < tensor / 4  # of float32, which takes no copy
+    assert manifest.CHUNK_BYTES < int(taken["model"]) < tensor / 4  # of float32, which takes no copy
     assert tensor / 2 < int(taken["export"]) < 1.2 * tensor  # of float16: a tensor and the one before
 
 

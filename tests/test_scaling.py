@@ -5,10 +5,10 @@ from itertools import pairwise
 
 import pytest
 
-import scaling
-from errors import UserError
 from model import SIZES
-from scaling import Group, Rates
+from plan import time as scaling
+from plan.time import Group, Rates
+from runtime.errors import UserError
 
 ROUND = Rates(product=500e12, attention=250e12, copy=2e12, link=300e9, network=100e9)
 US = 1e-6

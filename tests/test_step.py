@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from corpus.loader import Loader
 from kernels import backend
 from model import SIZES, Pythia
-from parallel import Gradients, Ranks, set_recompute
-from step import Feed, Step, make_optimizer
+from parallel.fsdp import set_recompute
+from parallel.gradients import Gradients
+from runtime.ranks import Dist
+from step import Step, make_optimizer
 
 TINY = replace(SIZES["14m"], layers=2, hidden=64, vocab=384, seq_len=32)  # a head_dim that the kernels know
 
@@ -18,7 +21,7 @@ TINY = replace(SIZES["14m"], layers=2, hidden=64, vocab=384, seq_len=32)  # a he
 def model_and_step(dtype: torch.dtype, device: torch.device, lr: float = 1e-2) -> tuple[Pythia, Step]:
     model = Pythia(TINY, seed=5).to(device)
     model.compute_dtype = dtype
-    ranks = Ranks(device=device)
+    ranks = Dist(device=device)
     return model, Step(model, Gradients(model, ranks, "none"), make_optimizer(model, lr), ranks)
 
 
@@ -38,7 +41,7 @@ def test_gradients_are_those_of_autograd(dtype, recompute, device):
     batch = tokens(1, device)[0]
     model, step = model_and_step(dtype, device)
     set_recompute(model, recompute)
-    step.backward(batch, scale=4.0)
+    step.forward_backward(batch, scale=4.0)
     plain, _ = model_and_step(dtype, device)
     set_recompute(plain, recompute)
     losses = [plain(rows[:, :-1], rows[:, 1:]) for rows in batch]
@@ -60,7 +63,7 @@ def test_rounded_weights_stand_in_for_a_step_only(device, monkeypatch):
 
     monkeypatch.setattr(model, "forward", forward)
     with pytest.raises(RuntimeError, match="in the middle"):
-        step.backward(tokens(1, device)[0])
+        step.forward_backward(tokens(1, device)[0])
     assert seen.count(torch.bfloat16) == 4 * TINY.layers  # qkv, attn_out, mlp_in, mlp_out
     after = dict(model.named_parameters())
     assert list(after) == list(before)
@@ -74,7 +77,7 @@ def test_updates_are_those_of_torch(scale, device):
     exact = Pythia(TINY, seed=5).to(device)
     optimizer, norms = make_optimizer(exact.double(), 1.0), []
     for i, batch in enumerate(tokens(9, device)):
-        step.backward(batch, scale)
+        step.forward_backward(batch, scale)
         for ours, theirs in zip(model.parameters(), exact.parameters()):
             theirs.grad = ours.grad.double() / scale
         norm = torch.nn.utils.clip_grad_norm_(exact.parameters(), 1.0)
@@ -93,16 +96,16 @@ def test_updates_are_those_of_torch(scale, device):
 def test_nothing_is_updated_where_a_gradient_is_not_finite(value, device):
     model, step = model_and_step(torch.float32, device)
     first, second, third = tokens(3, device)
-    step.backward(first)
+    step.forward_backward(first)
     step.update(1e-2)
     before = state(model, step.optimizer)
-    step.backward(second)
+    step.forward_backward(second)
     model.blocks[1].mlp_out.bias.grad[3] = value
     loss, norm = step.update(1e-2).tolist()
     assert np.isfinite(loss)
     assert not np.isfinite(norm)
     assert all(torch.equal(a, b) for a, b in zip(state(model, step.optimizer), before))
-    step.backward(third)
+    step.forward_backward(third)
     assert np.isfinite(step.update(1e-2).tolist()).all()
     assert not any(torch.equal(a, b) for a, b in zip(state(model, step.optimizer), before))
 
@@ -126,7 +129,7 @@ def test_a_graph_changes_no_bit(dtype, device, chosen_kernels):
             step.graph = None
         facts = []
         for batch in tokens(6, device):
-            step.backward(batch, scale=8.0)
+            step.forward_backward(batch, scale=8.0)
             facts.append(step.update(1e-2))
         results.append([torch.stack(facts), *state(model, step.optimizer)])
         if graph:
@@ -141,7 +144,7 @@ def test_a_step_does_not_wait_for_the_device(size, device, monkeypatch, chosen_k
     monkeypatch.setitem(SIZES, size, replace(SIZES[size], layers=2))
     model = Pythia(SIZES[size]).to(device)
     model.compute_dtype = torch.bfloat16
-    ranks = Ranks(device=device)
+    ranks = Dist(device=device)
     step = Step(model, Gradients(model, ranks, "none"), make_optimizer(model, 1e-3), ranks)
     batch = torch.randint(50_000, (2, 8, 513), device=device)  # so many that embeddings sort them
     if size == "410m":
@@ -149,7 +152,7 @@ def test_a_step_does_not_wait_for_the_device(size, device, monkeypatch, chosen_k
     for i in range(3):
         torch.cuda.set_sync_debug_mode("error" if i == 2 else "default")
         try:
-            step.backward(batch)
+            step.forward_backward(batch)
             facts = step.update(1e-3)
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -161,7 +164,7 @@ def test_no_graph_of_definitions(device):
     assert model_and_step(torch.bfloat16, device)[1].graph is None
 
 
-# Feed
+# Loader
 
 
 def test_feed_reads_one_step_ahead_and_no_further(device):
@@ -172,9 +175,9 @@ def test_feed_reads_one_step_ahead_and_no_further(device):
         done[step].set()
         return np.full((2, 3, 5), step, dtype=np.uint16)
 
-    with Feed(read, 7, 10, device) as feed:
+    with Loader(read, 7, 10, device) as loader:
         for step in (7, 8, 9):
-            batch = feed.take()
+            batch = loader.next()
             assert batch.tokens.dtype == torch.int64
             assert batch.tokens.device.type == device.type
             assert torch.equal(batch.tokens.cpu(), torch.full((2, 3, 5), step))
@@ -189,7 +192,7 @@ def test_feed_raises_what_reading_raises_when_it_is_the_turn(device):
             raise ValueError("step 2 can not be read")
         return np.zeros((1, 1, 5), dtype=np.int32)
 
-    with Feed(read, 1, 9, device) as feed:
-        feed.take()
+    with Loader(read, 1, 9, device) as loader:
+        loader.next()
         with pytest.raises(ValueError, match="step 2 can not"):
-            feed.take()
+            loader.next()

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,16 +21,19 @@ import transformers
 from conftest import records
 from safetensors.torch import load_file
 
-import checkpoint
-import parallel
 import train
-from data import Order
-from errors import UserError
+from checkpoint import verify
+from checkpoints import manifest
+from corpus.order import Order
 from model import SIZES, Pythia
 from model.huggingface import load, save
+from parallel import gradients
+from plan import report
+from runtime import ranks
+from runtime.errors import UserError
+from step import LossScaler, learning_rate, make_optimizer
 
 ROOT = Path(__file__).parents[1]
-PUBLISHED = train.Settings(size="14m", steps=143_000, lr=1e-3)
 
 
 def command(*arguments: str, **options) -> subprocess.CompletedProcess:
@@ -58,7 +62,7 @@ def command(*arguments: str, **options) -> subprocess.CompletedProcess:
     ],
 )
 def test_published_learning_rate(updates, rate):
-    assert train.learning_rate(PUBLISHED, updates) == pytest.approx(rate, rel=1e-5)
+    assert learning_rate(updates, 143_000, 1e-3, "published") == pytest.approx(rate, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -66,15 +70,15 @@ def test_published_learning_rate(updates, rate):
     [(0, 0.0), (1430, 1e-3), (10_000, 9.91887e-4), (36_000, 8.73953e-4), (71_500, 5.57140e-4), (100_000, 2.89788e-4)],
 )
 def test_textbook_learning_rate(updates, rate):
-    assert train.learning_rate(replace(PUBLISHED, schedule="cosine"), updates) == pytest.approx(rate, rel=1e-5)
-    assert train.learning_rate(replace(PUBLISHED, schedule="cosine"), 143_000) == pytest.approx(1e-4)
+    assert learning_rate(updates, 143_000, 1e-3, "cosine") == pytest.approx(rate, rel=1e-5)
+    assert learning_rate(143_000, 143_000, 1e-3, "cosine") == pytest.approx(1e-4)
 
 
 def test_loss_scaler_is_that_of_deepspeed():
     """The state machine written from DeepSpeed's description: a step counter and the step of the last overflow."""
     draw = random.Random(3)
     for window in (3, 10, 1000):
-        ours = train.LossScaler(window=window)
+        ours = LossScaler(window=window)
         scale, hysteresis, last_overflow = 4096.0, 2, -1
         for step in range(5000):
             overflow = draw.random() < draw.choice((0.0, 0.02, 0.5))
@@ -91,7 +95,7 @@ def test_loss_scaler_is_that_of_deepspeed():
 
 
 def test_loss_scaler_by_hand():
-    scaler = train.LossScaler()
+    scaler = LossScaler()
     scales = []
     for overflow in [True, True, True] + [False] * 1000 + [True, True]:
         scaler.update(overflow)
@@ -106,7 +110,7 @@ def test_loss_scaler_by_hand():
 
 def test_optimizer_decays_matrices_only(tiny):
     model = Pythia(tiny)
-    optimizer = train.make_optimizer(model, 1e-3)
+    optimizer = make_optimizer(model, 1e-3)
     names = {id(p): name for name, p in model.named_parameters()}
     decayed, others = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
     assert decayed == {
@@ -135,9 +139,9 @@ def test_gradient_norm_is_exact_for_millions_of_elements(shape):
     p = torch.nn.Parameter(torch.empty(shape))
     p.grad = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 1e-3
     exact = math.sqrt(np.square(p.grad.numpy().astype(np.float64)).sum())
-    assert parallel.squared_norm([p]).sqrt().item() == pytest.approx(exact, rel=1e-6)
-    assert parallel.squared_norm([p, p]).sqrt().item() == pytest.approx(math.sqrt(2) * exact, rel=1e-6)
-    in_any_order = parallel.squared_norm_in_any_order([p], parallel.Ranks()).sqrt().item()
+    assert gradients.squared_norm([p]).sqrt().item() == pytest.approx(exact, rel=1e-6)
+    assert gradients.squared_norm([p, p]).sqrt().item() == pytest.approx(math.sqrt(2) * exact, rel=1e-6)
+    in_any_order = gradients.squared_norm_in_any_order([p], ranks.Dist()).sqrt().item()
     assert in_any_order == pytest.approx(exact, rel=1e-9)
 
 
@@ -147,15 +151,15 @@ def test_gradient_norm_in_any_order_of_rows():
     parameters = [torch.nn.Parameter(torch.empty(shape)) for shape in ((333, 77), (1001,), (5, 1), (0, 3))]
     for p in parameters:
         p.grad = torch.randn(p.shape, generator=generator) * 10 ** torch.randn(p.shape, generator=generator)
-    norm = parallel.squared_norm_in_any_order(parameters, parallel.Ranks())
+    norm = gradients.squared_norm_in_any_order(parameters, ranks.Dist())
     exact = sum(math.fsum(p.grad.double().square().flatten().tolist()) for p in parameters)
     assert norm.item() == pytest.approx(exact, rel=1e-9)
     for p in parameters:
         p.grad = p.grad[torch.randperm(len(p), generator=generator)]
-    assert torch.equal(norm, parallel.squared_norm_in_any_order(parameters[::-1], parallel.Ranks()))
+    assert torch.equal(norm, gradients.squared_norm_in_any_order(parameters[::-1], ranks.Dist()))
     for bad in (torch.nan, torch.inf):
         parameters[1].grad[7] = bad
-        assert parallel.squared_norm_in_any_order(parameters, parallel.Ranks()).isnan()
+        assert gradients.squared_norm_in_any_order(parameters, ranks.Dist()).isnan()
 
 
 # Whole runs
@@ -221,20 +225,20 @@ def test_resume_from_step_zero_and_after_a_crash(run, capsys):
     whole = run(out="whole")
     crashed = run("--stop-at", "7", out="crashed")
     for name in ("step7", "step4", "step2", "step1"):  # as if killed right after step 0 was saved
-        checkpoint.shutil.rmtree(crashed / name)
-    state = checkpoint.shutil.copytree(whole / "step0", crashed / "step0", dirs_exist_ok=True)
+        shutil.rmtree(crashed / name)
+    state = shutil.copytree(whole / "step0", crashed / "step0", dirs_exist_ok=True)
     assert state.exists()
     run("--stop-at", "3", "--keep-state", "9", out="again")
-    checkpoint.shutil.rmtree(crashed / "step0")
-    checkpoint.shutil.copytree(crashed.parent / "again" / "step0", crashed / "step0")
+    shutil.rmtree(crashed / "step0")
+    shutil.copytree(crashed.parent / "again" / "step0", crashed / "step0")
     (crashed / "metrics.jsonl").open("a").write('{"step": 7, "lo')  # cut off in the middle of a line
     assert records(run(out="crashed")) == records(whole)
 
 
 def test_saved_steps_and_model_files(run):
     directory = run()
-    assert checkpoint.saved_steps(directory) == [0, 1, 2, 4, 8, 9]
-    assert checkpoint.steps_with_state(directory) == [8, 9]
+    assert manifest.saved_steps(directory) == [0, 1, 2, 4, 8, 9]
+    assert manifest.steps_with_state(directory) == [8, 9]
     zero, one = (load_file(directory / f"step{n}" / "model.safetensors") for n in (0, 1))
     assert all(torch.equal(zero[name], one[name]) for name in zero)  # the first update has learning rate 0
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory / "step9")
@@ -295,7 +299,7 @@ def test_triton_kernels_are_refused_where_they_can_not_run():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where the default is bf16")
 @pytest.mark.parametrize("fast", [True, False])
 def test_default_precision_on_a_cpu(fast, monkeypatch):
-    monkeypatch.setattr(train, "multiplies_bf16", lambda: fast)
+    monkeypatch.setattr(train, "supports_bf16_matmul", lambda: fast)
     assert train.parse(["--size", "14m"]).precision == "fp32"
     assert train.parse(["--size", "14m", "--demo"]).precision == ("bf16" if fast else "fp32")
     assert train.parse(["--size", "14m", "--demo", "--precision", "fp16"]).precision == "fp16"
@@ -310,16 +314,16 @@ def test_weights_of_a_bf16_run_on_a_cpu_are_not_rounded(run):
 
 
 def test_float16_overflow_skips_update_and_schedule_not_the_data(run, monkeypatch):
-    monkeypatch.setattr(train.LossScaler.__init__, "__defaults__", (2.0**30, 1000, 2))
+    monkeypatch.setattr(LossScaler.__init__, "__defaults__", (2.0**30, 1000, 2))
     directory = run("--precision", "fp16", "--steps", "40")
     rows = records(directory)
     overflowed = [r for r in rows if r["grad_norm"] is None]
     assert 2 <= len(overflowed) < 40
     assert [r["loss_scale"] for r in rows[:4]] == [2.0**30, 2.0**30, 2.0**29, 2.0**28]
     updates = 0
-    settings = replace(PUBLISHED, steps=40)
+    settings = train.Settings(size="14m", steps=40, lr=1e-3)
     for r in rows:
-        assert r["lr"] == train.learning_rate(settings, updates)
+        assert r["lr"] == learning_rate(updates, settings.steps, settings.lr, settings.schedule)
         updates += r["grad_norm"] is not None
     assert len({r["batch_sha256"] for r in rows}) == 40
     counters = json.loads((directory / "step40" / "state" / "counters.json").read_text())
@@ -327,7 +331,7 @@ def test_float16_overflow_skips_update_and_schedule_not_the_data(run, monkeypatc
 
 
 def test_fifty_overflows_in_a_row_end_the_run(run, monkeypatch):
-    monkeypatch.setattr(train.LossScaler.__init__, "__defaults__", (2.0**120, 1000, 2))
+    monkeypatch.setattr(LossScaler.__init__, "__defaults__", (2.0**120, 1000, 2))
     with pytest.raises(UserError, match=r"50 steps in a row.*--precision bf16"):
         run("--precision", "fp16", "--steps", "60")
 
@@ -339,21 +343,21 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(run, tiny, tmp_path):
     save(model, tmp_path / "broken", torch.float32)
     with pytest.raises(UserError, match=r"step 0, rows 0 to 3: loss nan.*last good checkpoint is .*step0"):
         run("--init-from", tmp_path / "broken", out="run")
-    assert checkpoint.problems(tmp_path / "run" / "step0") == []
+    assert manifest.verify_checkpoint(tmp_path / "run" / "step0") == []
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_update(run, monkeypatch, tmp_path):
-    real, calls = parallel.squared_norm, []
+    real, calls = gradients.squared_norm, []
 
     def broken(parameters):
         calls.append(0)
         return real(parameters) * (math.inf if len(calls) == 6 else 1.0)
 
-    monkeypatch.setattr(parallel, "squared_norm", broken)
+    monkeypatch.setattr(gradients, "squared_norm", broken)
     with pytest.raises(UserError, match=r"step 5, rows 20 to 23: loss [\d.]+, gradient norm inf.*step4 *$"):
         run()
-    monkeypatch.setattr(parallel, "squared_norm", real)
+    monkeypatch.setattr(gradients, "squared_norm", real)
     assert records(run()) == records(run(out="whole"))
 
 
@@ -381,7 +385,7 @@ def test_compiled_run_is_close(run):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_and_saves(run, monkeypatch, capsys, number):
-    real, calls = parallel.squared_norm, []
+    real, calls = gradients.squared_norm, []
 
     def squared_norm(parameters):
         calls.append(0)
@@ -390,11 +394,11 @@ def test_a_signal_finishes_the_step_and_saves(run, monkeypatch, capsys, number):
             signal.raise_signal(number)  # torchrun hands on what the terminal has sent already
         return real(parameters)
 
-    monkeypatch.setattr(parallel, "squared_norm", squared_norm)
+    monkeypatch.setattr(gradients, "squared_norm", squared_norm)
     directory = run(out="cut")
-    assert checkpoint.saved_steps(directory)[-1] == 5
+    assert manifest.saved_steps(directory)[-1] == 5
     assert "paused at step 5 of 9; the same line goes on" in capsys.readouterr().out
-    monkeypatch.setattr(parallel, "squared_norm", real)
+    monkeypatch.setattr(gradients, "squared_norm", real)
     assert records(run(out="cut")) == records(run(out="whole"))
 
 
@@ -420,10 +424,10 @@ def test_interrupt_of_torchrun_from_a_terminal(tmp_path, corpus):
             time.sleep(0.05)
         os.killpg(job.pid, signal.SIGINT)
         out, _ = job.communicate(timeout=60)
-    last = checkpoint.saved_steps(tmp_path / "run")[-1]
+    last = manifest.saved_steps(tmp_path / "run")[-1]
     assert f"paused at step {last} of 1000" in out
     assert len(records(tmp_path / "run")) == last
-    assert checkpoint.problems(tmp_path / "run" / f"step{last}") == []
+    assert manifest.verify_checkpoint(tmp_path / "run" / f"step{last}") == []
 
 
 # Bad input: one line, nothing written
@@ -489,9 +493,9 @@ def test_a_run_directory_of_something_else(run, corpus, tmp_path):
         run("--seed", "5", "--lr", "0.1")
     other = tmp_path / "other"
     for suffix in (".bin", ".idx"):
-        checkpoint.shutil.copy(f"{corpus}{suffix}", f"{other}{suffix}")
+        shutil.copy(f"{corpus}{suffix}", f"{other}{suffix}")
     run("--data", other, "--stop-at", "2")  # the same data elsewhere is the same run
-    from prepare import prepare
+    from corpus.prepare import prepare
 
     (tmp_path / "more.txt").write_text("some other text " * 500)
     prepare([tmp_path / "more.txt"], tmp_path / "more")
@@ -532,7 +536,7 @@ def test_a_damaged_checkpoint_is_passed_over(run, capsys):
     said = capsys.readouterr().out
     assert re.search(rf"{file} is damaged in tensor .*: going back to step 2", said)
     assert "step 2 to 9 of 9" in said
-    assert checkpoint.verify(directory)
+    assert verify(directory)
 
 
 # Plans, records, loggers
@@ -541,7 +545,7 @@ def test_a_damaged_checkpoint_is_passed_over(run, capsys):
 @pytest.mark.parametrize("size", SIZES)
 def test_plan_knows_every_size(size):
     s = train.parse(["--size", size, "--plan"])
-    text = train.plan.plan(SIZES[size], s.steps, s.batch_size, s.micro_batch, s.seq_len, s.precision, s.recompute)
+    text = report.plan(SIZES[size], s.steps, s.batch_size, s.micro_batch, s.seq_len, s.precision, s.recompute)
     assert f"{SIZES[size].parameters:,}" in text
     assert "299,892,736,000" in text
 

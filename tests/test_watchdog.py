@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from parallel import Ranks
-from watchdog import Beat, Watchdog
+from runtime.ranks import Dist
+from runtime.watchdog import Beat, Watchdog
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,9 +21,9 @@ faulthandler.dump_traceback_later(60, exit=True)
 sys.path.insert(0, sys.argv[1])
 import torch
 import torch.distributed as dist
-from errors import UserError, run_command
-from parallel import Ranks
-from watchdog import Watchdog
+from runtime.errors import UserError, run_command
+from runtime.ranks import Dist
+from runtime.watchdog import Watchdog
 
 what, timeout = sys.argv[2], float(sys.argv[3])
 
@@ -31,7 +31,7 @@ def happen(dog, step):
     if what == "slow":  # twice as slow as others have patience
         for _ in range(8):
             time.sleep(timeout / 4)
-            dog.at(step, "reading rows")
+            dog.heartbeat(step, "reading rows")
     if what == "sleep":
         time.sleep(1000)
     if what == "stop":
@@ -50,17 +50,17 @@ def main():
     store = dist.PrefixStore(str(restarts), store)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    ranks = Ranks(rank, world, store=store)
+    ranks = Dist(rank, world, store=store)
     try:
         with Watchdog(ranks, timeout) as dog:
             for step in range(8):
-                dog.at(step, "reading rows")
+                dog.heartbeat(step, "reading rows")
                 if step == 5 and ranks.rank == 1 - restarts:
                     time.sleep(timeout / 4)  # until a beat has told of it
                     os.write(1, f"process {os.getpid()}\\n".encode())
                     happen(dog, step)
-                dog.at(step, "exchanging gradients")
-                ranks.sum(torch.ones(10))
+                dog.heartbeat(step, "exchanging gradients")
+                ranks.all_reduce(torch.ones(10))
             os.write(1, b"finished\\n")
     finally:
         dist.destroy_process_group()
@@ -176,9 +176,9 @@ def judge():
     """judge(*(state, idle, silent, place of the loop, place of the saving thread) of each rank) -> what hangs"""
 
     def judge(*ranks: tuple) -> str | None:
-        dog = Watchdog(Ranks(world=len(ranks)), timeout=10)  # seconds, and beats
+        dog = Watchdog(Dist(world_size=len(ranks)), timeout=10)  # seconds, and beats
         dog.names = [f"host:{r}" for r in range(len(ranks))]
-        dog.mine.idle, dog.mine.places = 11, [LOOP, NONE]
+        dog.mine.idle, dog.mine.progress = 11, [LOOP, NONE]
         for r, (state, idle, silent, *places) in enumerate(ranks):
             dog.beats[r] = Beat(0, state, idle, places)
             dog.numbers[r].looks = silent

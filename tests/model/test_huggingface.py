@@ -19,10 +19,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from errors import UserError
+from corpus.tokenizer import byte_tokenizer
 from model import SIZES, Pythia, huggingface
 from model.huggingface import huggingface_name, load, read_config, save, write_tensors
-from prepare import byte_tokenizer
+from runtime.errors import UserError
 
 TINY = replace(SIZES["14m"], vocab=384, layers=2)
 MICRO = replace(SIZES["14m"], vocab=24, layers=1, hidden=16, heads=2, seq_len=32)

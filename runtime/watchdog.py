@@ -24,14 +24,14 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import NoReturn
 
-import torch.distributed as dist
+import torch.distributed as torch_dist
 
-from errors import UserError
-from parallel import Ranks
+from runtime.errors import UserError
+from runtime.ranks import Dist
 
 RESUME = "the same line resumes from the newest checkpoint"
 FAREWELL = 3  # beats that a rank which has lost another stays to hear who does not beat any more
-NOWHERE = (-1, 0, "")  # the place of a loop that has not begun
+NOT_STARTED = (-1, 0, "")  # the place of a loop that has not begun
 
 # What gloo, NCCL and torch's store say when it is another process, or the network, that failed.
 LOST = re.compile(
@@ -42,7 +42,7 @@ LOST = re.compile(
 
 
 @dataclass
-class Still:
+class StallCounter:
     """Counts for how many looks a value has not changed."""
 
     value: object = None
@@ -62,7 +62,7 @@ class Beat:
     state: str = "runs"  # then it leaves the watchdog: is done, failed, or lost the others
     idle: int = 0  # for how many beats it has not moved
     # of its loop, and of its thread that saves: (step, n-th place in the step, what it does there)
-    places: list = field(default_factory=lambda: [NOWHERE, NOWHERE])
+    progress: list = field(default_factory=lambda: [NOT_STARTED, NOT_STARTED])
 
 
 class Watchdog:
@@ -73,40 +73,40 @@ class Watchdog:
     that is alone is not watched.
     """
 
-    def __init__(self, ranks: Ranks, timeout: float):
+    def __init__(self, ranks: Dist, timeout: float):
         self.ranks = ranks
         self.interval = min(timeout / 10, 1.0)  # seconds between beats
         self.patience = math.ceil(timeout / self.interval)  # beats
-        self.mine, self.moves = Beat(), Still()
+        self.mine, self.moves = Beat(), StallCounter()
         self.beats: dict[int, Beat] = {}  # as last read, by rank
-        self.numbers = [Still() for _ in range(ranks.world)]  # of the beats of a rank
+        self.numbers = [StallCounter() for _ in range(ranks.world_size)]  # of the beats of a rank
         self.answers = 0  # of the store
         self.spoken = False  # whether another rank says what is wrong
         self.posted, self.ended = threading.Event(), threading.Event()
         self.threads = [threading.Thread(target=f, daemon=True) for f in (self._watch, self._watch_store)]
 
-    def at(self, step: int, doing: str) -> None:
+    def heartbeat(self, step: int, doing: str) -> None:
         """Note where the loop is until the next call, which takes half a microsecond. Watching begins with the first.
 
         All ranks make the same calls in a step. A thread that saves may call it too: it has a place of its own.
         """
         thread = threading.current_thread() is not threading.main_thread()
-        last_step, n, _ = self.mine.places[thread]
-        self.mine.places[thread] = (step, n + 1 if step == last_step else 0, doing)
+        last_step, n, _ = self.mine.progress[thread]
+        self.mine.progress[thread] = (step, n + 1 if step == last_step else 0, doing)
 
     def __enter__(self) -> "Watchdog":
-        if self.ranks.world > 1:
+        if self.ranks.world_size > 1:
             self.address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            self.names = self.ranks.texts(f"{platform.node()}:{os.getpid()}")
+            self.names = self.ranks.all_gather_str(f"{platform.node()}:{os.getpid()}")
             for thread in self.threads:
                 thread.start()
             if not self.posted.wait(60):
                 raise UserError(f"{self._name([self.ranks.rank])} can not reach {self._store()}")
-            self.ranks.wait()  # from here on every rank has a beat to read
+            self.ranks.barrier()  # from here on every rank has a beat to read
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
-        if self.ranks.world == 1:
+        if self.ranks.world_size == 1:
             return
         lost = isinstance(error, RuntimeError) and LOST.search(str(error))
         self.mine.state = "is done" if error is None else "lost the others" if lost else "failed"
@@ -129,8 +129,10 @@ class Watchdog:
         """Exchange beats and judge them, then say farewell."""
         try:
             # a client of our own, since an answer may take long; keys that no earlier start of these ranks has used
-            client = dist.TCPStore(*self.address, is_master=False, wait_for_workers=False, timeout=timedelta(minutes=1))
-            store = dist.PrefixStore("watchdog/" + " ".join(self.names), client)
+            client = torch_dist.TCPStore(
+                *self.address, is_master=False, wait_for_workers=False, timeout=timedelta(minutes=1)
+            )
+            store = torch_dist.PrefixStore("watchdog/" + " ".join(self.names), client)
             self._exchange(store)
             self.posted.set()
             while not self.ended.wait(self.interval):
@@ -147,12 +149,12 @@ class Watchdog:
                 self._exchange(store, everybody=True)
             if self.mine.state != "is done":
                 self.spoken = not self._speaks(store)
-        except dist.DistError:
+        except torch_dist.DistError:
             return  # the store is gone, which matters only if the loop hangs
 
     def _watch_store(self) -> None:
         """End when neither the loop moves nor the store answers."""
-        moves, answers = Still(), Still()
+        moves, answers = StallCounter(), StallCounter()
         while not self.ended.wait(self.interval):
             idle, mute = self._idle(moves), answers.look(self.answers)
             if idle > self.patience and mute > self.patience // 2:
@@ -161,23 +163,23 @@ class Watchdog:
                     f"{_place(self.mine)}, and {self._store()} does not answer"
                 )
 
-    def _exchange(self, store: dist.Store, everybody: bool = False) -> None:
+    def _exchange(self, store: torch_dist.Store, everybody: bool = False) -> None:
         """Post a beat; read it again, to know that the store answers, or those of all ranks."""
         self.mine.number += 1
         self.mine.idle = self._idle(self.moves)
         store.set(str(self.ranks.rank), json.dumps(vars(self.mine)))
-        ranks = range(self.ranks.world) if everybody else [self.ranks.rank]
+        ranks = range(self.ranks.world_size) if everybody else [self.ranks.rank]
         for r, text in zip(ranks, store.multi_get([str(r) for r in ranks])):
             self.beats[r] = Beat(**json.loads(text))
             self.numbers[r].look(self.beats[r].number)
         self.answers += 1
 
-    def _idle(self, moves: Still) -> int:
+    def _idle(self, moves: StallCounter) -> int:
         """For how many looks the loop, if it has begun, has not moved."""
-        places = list(self.mine.places)
-        return moves.look(places) if places != [NOWHERE, NOWHERE] else 0
+        progress = list(self.mine.progress)
+        return moves.look(progress) if progress != [NOT_STARTED, NOT_STARTED] else 0
 
-    def _speaks(self, store: dist.Store) -> bool:
+    def _speaks(self, store: torch_dist.Store) -> bool:
         """Whether it is for this rank to say what is wrong: for the first to ask."""
         return store.compare_set("speaker", "", str(self.ranks.rank)).decode() == str(self.ranks.rank)
 
@@ -197,9 +199,9 @@ class Watchdog:
             where = f"no sign of life since {_place(self.beats[silent[0]])}"
             return f"{self._hang(silent)}: {where}; the others {waited}"
         for thread in (0, 1):
-            places = {r: self.beats[r].places[thread][:2] for r in running}
-            behind = [r for r in running if places[r] == min(places.values())]
-            if len(behind) < self.ranks.world and list(NOWHERE[:2]) not in places.values():
+            progress = {r: self.beats[r].progress[thread][:2] for r in running}
+            behind = [r for r in running if progress[r] == min(progress.values())]
+            if len(behind) < self.ranks.world_size and list(NOT_STARTED[:2]) not in progress.values():
                 return f"{self._hang(behind)} in {_place(self.beats[behind[0]], thread)}; the others {waited}"
         return f"all ranks {waited} in {_place(self.mine)}: the network between them hangs, or a GPU"
 
@@ -215,7 +217,7 @@ class Watchdog:
 
 
 def _place(beat: Beat, thread: int = 0) -> str:
-    step, _, doing = beat.places[thread]
+    step, _, doing = beat.progress[thread]
     return f"step {step}, {doing}" if step >= 0 else "its start"
 
 

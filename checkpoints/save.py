@@ -1,7 +1,7 @@
 """Checkpoints are written while training goes on, by all ranks side by side; any of it may fail or be killed.
 
     save(step)        notes what there is to save, and returns
-    a thread          copies this rank's rows to host memory; before_update() lets no update begin until then
+    a thread          copies this rank's rows to host memory; wait_for_snapshot() lets no update begin until then
                       writes them as this rank's part
                       writes this rank's share of the Hugging Face files, from everybody's parts
                       the first rank: small files, manifest, the name stepN, "saved"; then old state is dropped
@@ -23,30 +23,21 @@ from threading import Event, Thread
 import torch
 from torch import Tensor
 
-from checkpoint import (
-    COUNTERS,
-    FORMAT,
-    MOMENTS,
-    PIECE,
-    checksums,
-    drop_old_state,
-    find_rows,
-    flush,
-    read_rows,
-    state_shapes,
-    write_manifest,
-)
-from errors import UserError
+from checkpoints.manifest import CHUNK_BYTES, COUNTERS, FORMAT, checksums, drop_old_state, write_manifest
+from checkpoints.resume import MOMENTS, find_rows, read_rows, state_shapes
 from model import Pythia
 from model.huggingface import huggingface_name, model_files, write_description, write_tensors
-from parallel import Ranks, local, local_rows, saved_rows
+from parallel.fsdp import local, local_rows, saved_rows
+from runtime.errors import UserError
+from runtime.files import flush
+from runtime.ranks import Dist
 
 
 class Saver:
     """Writes the checkpoints of a run, one at a time, behind its back. All ranks make one and call it alike.
 
     dtype and hidden_act are those of the Hugging Face files. Of the resumable states the `keep_state` newest are kept.
-    at(step, doing) is told, from the thread, whenever a stage begins: the same on all ranks.
+    heartbeat(step, doing) is told, from the thread, whenever a stage begins: the same on all ranks.
     """
 
     def __init__(
@@ -54,17 +45,17 @@ class Saver:
         run: Path,
         model: Pythia,
         optimizer: torch.optim.Optimizer,
-        ranks: Ranks,
+        ranks: Dist,
         dtype: torch.dtype,
         hidden_act: str = "gelu",
         tokenizer: Path | None = None,
         keep_state: int = 2,
-        at: Callable[[int, str], None] = lambda step, doing: None,
+        heartbeat: Callable[[int, str], None] = lambda step, doing: None,
     ):
         run.mkdir(parents=True, exist_ok=True)
         self.run, self.config, self.optimizer = run, model.config, optimizer
         self.dtype, self.hidden_act, self.tokenizer, self.keep_state = dtype, hidden_act, tokenizer, keep_state
-        self.ranks, self.at = ranks.apart(), at
+        self.ranks, self.heartbeat = ranks.with_own_group(), heartbeat
         self.parameters = dict(model.named_parameters())
         self.rows = {name: saved_rows(p) for name, p in self.parameters.items()}
         self.snapshot: dict[str, Tensor] = {}  # host memory for what this rank writes
@@ -87,7 +78,7 @@ class Saver:
         self.thread = Thread(target=self._save, args=(step, tensors, counters), daemon=True)
         self.thread.start()
 
-    def before_update(self) -> None:
+    def wait_for_snapshot(self) -> None:
         """Return when weights and moments may change again. On a GPU it is the next kernel that waits, not the host."""
         self.copied.wait()
         if self.stream:
@@ -164,20 +155,20 @@ class Saver:
         final, temporary = self.run / f"step{step}", self.run / f".step{step}.tmp"
         failed = f"{final} could not be saved, earlier checkpoints are whole"
         try:
-            self.at(step, "copying weights and moments")
+            self.heartbeat(step, "copying weights and moments")
             self._together(failed, lambda: self._begin(final, temporary, tensors))
-            self.at(step, "writing weights and moments")
+            self.heartbeat(step, "writing weights and moments")
             files = self._together(failed, lambda: self._write_part(temporary))
-            self.at(step, "writing the model")
+            self.heartbeat(step, "writing the model")
             files |= self._together(failed, lambda: self._write_model(temporary, files))
-            self.at(step, "completing the checkpoint")
+            self.heartbeat(step, "completing the checkpoint")
             self._together(failed, lambda: self._publish(final, temporary, step, counters, files))
         except UserError:
-            if self.ranks.first:
+            if self.ranks.is_main:
                 _give_up(final, temporary)
             raise
         self.ranks.print(f"saved {final}")
-        self.at(step, "dropping older state")
+        self.heartbeat(step, "dropping older state")
         self._together(f"{final} is saved, but older state can not be removed", lambda: self._drop_old_state(step))
 
     def _together(self, complaint: str, do: Callable[[], dict | None]) -> dict:
@@ -191,9 +182,9 @@ class Saver:
             reason = repr(error)
             if isinstance(error, OSError):
                 reason = f"{error.strerror or error}" + f" ({error.filename})" * bool(error.filename)
-            where = f"rank {self.ranks.rank}: " if self.ranks.world > 1 else ""
+            where = f"rank {self.ranks.rank}: " if self.ranks.world_size > 1 else ""
             mine["failed"] = f"{complaint}: {where}{reason}"
-        all_ranks = [json.loads(text) for text in self.ranks.texts(json.dumps(mine))]
+        all_ranks = [json.loads(text) for text in self.ranks.all_gather_str(json.dumps(mine))]
         for other in all_ranks:
             if other["failed"]:
                 raise UserError(other["failed"])
@@ -202,7 +193,7 @@ class Saver:
     def _begin(self, final: Path, temporary: Path, tensors: dict[str, Tensor | None]) -> None:
         self._copy(tensors)
         self.copied.set()
-        if not self.ranks.first:
+        if not self.ranks.is_main:
             return
         needed = self.config.parameters * (self.dtype.itemsize + 3 * 4) + 2**24  # weights twice, moments, small files
         if (free := shutil.disk_usage(self.run).free) < needed:
@@ -218,7 +209,7 @@ class Saver:
         """Write this rank's part. Returns its entry in the manifest."""
         if self.stream:
             self.stream.synchronize()
-        file = f"state/part-{self.ranks.rank + 1:05}-of-{self.ranks.world:05}.safetensors"
+        file = f"state/part-{self.ranks.rank + 1:05}-of-{self.ranks.world_size:05}.safetensors"
         shapes, notes = {}, {}
         for key, shape in state_shapes(self.parameters).items():
             rows = self.rows[key.partition("/")[2]]
@@ -228,14 +219,14 @@ class Saver:
 
         def pieces(key: str) -> Iterator[Tensor]:
             rows = self.snapshot[key]
-            yield from rows.split(max(PIECE // rows[0].nbytes, 1))
+            yield from rows.split(max(CHUNK_BYTES // rows[0].nbytes, 1))
 
         return {file: write_tensors(temporary / file, torch.float32, shapes, pieces, notes)}
 
     def _write_model(self, temporary: Path, parts: dict) -> dict:
         """Write this rank's share of the Hugging Face files: what the parts hold. Returns their manifest entries."""
         files = self._model_files()
-        mine = list(files)[self.ranks.rank :: self.ranks.world]
+        mine = list(files)[self.ranks.rank :: self.ranks.world_size]
         if not mine:
             return {}
         stored = find_rows([temporary / file for file in parts], state_shapes(self.parameters))
@@ -265,7 +256,7 @@ class Saver:
         adam_steps = set(self.snapshot["steps"].tolist())
         if len(adam_steps) > 1:
             raise RuntimeError(f"parameters disagree on Adam's step: {adam_steps}")
-        if not self.ranks.first:
+        if not self.ranks.is_main:
             return
         write_description(temporary, self.config, self.dtype, self.hidden_act, self.tokenizer, self._model_files())
         counters = {**counters, "adam_step": int(adam_steps.pop())}
@@ -283,7 +274,7 @@ class Saver:
         shutil.rmtree(_aside(final), ignore_errors=True)
 
     def _drop_old_state(self, step: int) -> None:
-        if self.ranks.first:
+        if self.ranks.is_main:
             drop_old_state(self.run, step, self.keep_state)
 
 

@@ -36,9 +36,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from errors import UserError
 from kernels.cross_entropy import TRITON_CHUNK
 from model import Config
+from runtime.errors import UserError
 
 RESULTS = Path(__file__).parent / "bench" / "results"
 
@@ -170,7 +170,7 @@ def _read_roofline(file: Path) -> dict:
 
 
 class Group(NamedTuple):
-    """Ranks that exchange something."""
+    """Dist that exchange something."""
 
     ranks: int
     nodes: int  # over which they are spread

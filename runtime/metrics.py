@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from errors import UserError
+from runtime.errors import UserError
 
 LOGGERS = ("tensorboard", "wandb")
 
@@ -97,7 +97,7 @@ def open_logger(name: str, run: Path, settings: dict) -> Callable[[dict], None]:
     return lambda record: wandb.log(scalars(record), step=record["step"])
 
 
-class Laps:
+class StepTimer:
     """Where the seconds of a step go, on the device's own clock: a GPU works behind the host, which need not wait."""
 
     def __init__(self, device: torch.device):

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import torch
 
-import scaling
-from errors import UserError
 from kernels.cross_entropy import TRITON_CHUNK
 from model import SIZES, Config
-from scaling import GPU, GPUS, NODE, PYTHIA, PYTHIA_BATCH, PYTHIA_STEPS, Rates, StepTime, parts_of
+from plan import time as scaling
+from plan.time import GPU, GPUS, NODE, PYTHIA, PYTHIA_BATCH, PYTHIA_STEPS, Rates, StepTime, parts_of
+from runtime.errors import UserError
 
 USABLE = 0.92  # of a GPU's memory: the rest is for CUDA, the network's buffers, and gaps between tensors
 
@@ -251,7 +251,7 @@ def choose_shard(
 ) -> Setting:
     """The fastest way to divide weights that fits, when the rest is settled; if none fits, that of least memory.
 
-    shards: to choose from, if not all. Batch must be a multiple of world * micro_batch. Ranks that choose for
+    shards: to choose from, if not all. Batch must be a multiple of world * micro_batch. Dist that choose for
     themselves must give the same rates to choose alike; the default asks neither GPU nor disk.
     """
     found = settings(config, world, batch, seq_len, precision, node, shards, (recompute,), (micro_batch,), rates)

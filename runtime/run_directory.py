@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from errors import UserError
+from runtime.errors import UserError
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # of some network file systems
 

@@ -1,0 +1,1 @@
+"""Checkpoints: written while training goes on, verified before they are trusted."""

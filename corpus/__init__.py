@@ -1,0 +1,1 @@
+"""Text, tokens on disk, and the published order."""

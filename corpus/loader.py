@@ -1,0 +1,75 @@
+"""Batches on their way to the device: read, hashed and copied one step ahead."""
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def row_digests(batch: np.ndarray) -> np.ndarray:
+    """sha256 of every row of [..., seq_len + 1] tokens as stored, little-endian: uint8 [..., 32]."""
+    rows = batch.astype(batch.dtype.newbyteorder("<"), copy=False).reshape(-1, batch.shape[-1])
+    digests = b"".join(hashlib.sha256(row.tobytes()).digest() for row in rows)
+    return np.frombuffer(digests, dtype=np.uint8).reshape(*batch.shape[:-1], 32).copy()
+
+
+def digest(row_digests: np.ndarray) -> str:
+    """Hex digest of a batch, of the digests of its rows in their order: each rank can hash what it has."""
+    return hashlib.sha256(row_digests.tobytes()).hexdigest()
+
+
+def batch_sha256(batch: np.ndarray) -> str:
+    """Hex digest of a whole batch [..., seq_len + 1]."""
+    return digest(row_digests(batch))
+
+
+class Batch(NamedTuple):
+    tokens: Tensor  # [micro_steps, micro_batch, seq_len + 1] int64, on the device
+    digests: Tensor  # [micro_steps, micro_batch, 32] uint8: sha256 of every row
+    copied: torch.cuda.Event | None
+
+
+class Loader:
+    """This rank's rows of one step after the other, on its device. They are read, checked and copied one step ahead, by
+    a thread, while the device works on the step before.
+
+    read: step -> rows [micro_steps, micro_batch, seq_len + 1]. What it raises, next() raises in its turn.
+    """
+
+    def __init__(self, read: Callable[[int], np.ndarray], start: int, stop: int, device: torch.device):
+        self.read, self.steps, self.device = read, iter(range(start, stop)), device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.thread = ThreadPoolExecutor(1, "feed")
+        self._read_ahead()
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.thread.shutdown()
+
+    def _read_ahead(self) -> None:
+        step = next(self.steps, None)
+        self._next = None if step is None else self.thread.submit(self._batch, step)
+
+    def _batch(self, step: int) -> Batch:
+        rows = self.read(step)
+        tokens, digests = torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(row_digests(rows))
+        if not self.stream:
+            return Batch(tokens, digests, None)
+        with torch.cuda.stream(self.stream):
+            tokens = tokens.pin_memory().to(self.device, non_blocking=True)
+        return Batch(tokens, digests, self.stream.record_event())
+
+    def next(self) -> Batch:
+        """The next batch."""
+        batch = self._next.result()
+        self._read_ahead()
+        if batch.copied:
+            batch.copied.wait()
+            batch.tokens.record_stream(torch.cuda.current_stream())
+        return batch

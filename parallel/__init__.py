@@ -1,0 +1,1 @@
+"""Weights and gradients that are divided among ranks."""

@@ -1,0 +1,1 @@
+"""What any long-running program of many processes needs; nothing here knows Pythia."""

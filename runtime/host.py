@@ -1,0 +1,48 @@
+"""What a run asks of the machine it is on."""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+
+def supports_bf16_matmul() -> bool:
+    """Whether this machine has instructions for products of bfloat16: they take half the time of float32, or less."""
+    avx512, amx = (getattr(torch.cpu, f"_is_{name}_supported", bool) for name in ("avx512_bf16", "amx_tile"))
+    return torch.cuda.is_available() or avx512() or amx()
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM finish the step and save; a second one, a second or more later, stops at once.
+
+    Under torchrun one Ctrl-C arrives twice: from the terminal, and a moment later from torchrun.
+    """
+
+    def __init__(self):
+        self.requested, self.first = False, 0.0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame) -> None:
+        if not self.requested:
+            self.requested, self.first = True, time.monotonic()
+            tqdm.write(f"{signal.Signals(number).name}: finishing the step, then saving; a second one stops at once")
+        elif time.monotonic() - self.first > 1:
+            os._exit(128 + number)
+
+
+def reuse_freed_memory() -> None:
+    """Have glibc keep the memory that a step frees, for the next step.
+
+    By default it returns large tensors to the system and faults every page in anew: half the time of a small model on
+    a CPU. The C library of other systems has no such call.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        m_trim_threshold, m_mmap_threshold, most = -1, -3, 2**31 - 1
+        mallopt(m_mmap_threshold, most)
+        mallopt(m_trim_threshold, most)
