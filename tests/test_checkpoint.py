@@ -59,13 +59,13 @@ class ThreadRank(Dist):
     """One of two ranks that are threads of this process. They tell each other texts over a board."""
 
     board: list = field(default_factory=list)
-    barrier: Barrier | None = None
+    meeting: Barrier | None = None
 
     def all_gather_str(self, text):
         self.board[self.rank] = text
-        self.barrier.wait(60)
+        self.meeting.wait(60)
         told = list(self.board)
-        self.barrier.wait(60)
+        self.meeting.wait(60)
         return told
 
     def with_own_group(self):
@@ -95,7 +95,7 @@ class Trainee:
             return [Saver(*arguments, Dist(), dtype, **options)]
         told, barrier, savers = [None] * world, Barrier(world), []
         for rank in range(world):
-            saver = Saver(*arguments, ThreadRank(rank, world, board=told, barrier=barrier), dtype, **options)
+            saver = Saver(*arguments, ThreadRank(rank, world, board=told, meeting=barrier), dtype, **options)
             for name, p in self.model.named_parameters():
                 saver.rows[name] = slice(len(p) * rank // world, len(p) * (rank + 1) // world)
             savers.append(saver)
@@ -732,7 +732,7 @@ def test_ranks_share_the_hashing(run, capsys, monkeypatch):
     hashed, original = [], manifest.checksums
     monkeypatch.setattr(manifest, "checksums", lambda path: hashed.append(path) or original(path))
     told, barrier = [None] * 2, Barrier(2)
-    ranks = [ThreadRank(rank, 2, board=told, barrier=barrier) for rank in range(2)]
+    ranks = [ThreadRank(rank, 2, board=told, meeting=barrier) for rank in range(2)]
     with ThreadPoolExecutor(2) as threads:
         assert list(threads.map(lambda r: latest_valid_step(run, r), ranks)) == [1, 1]
         assert list(threads.map(lambda r: verify_checkpoint(run / "step1", r), ranks)) == [[], []]

@@ -554,7 +554,7 @@ def test_killed_at_any_call(saved, tmp_path, quick, trials):
             saboteur = Saboteur(patch, n, how)
             with suppress(Killed, BrokenBarrierError):
                 for (step, trainee), group in zip(saves, savers):
-                    saboteur.barrier = getattr(group[0].ranks, "barrier", None)
+                    saboteur.barrier = getattr(group[0].ranks, "meeting", None)
                     sound[step].append(trainee.bits())
                     for saver in group:
                         saver.save(step, COUNTERS)
