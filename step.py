@@ -1,11 +1,10 @@
-"""One optimizer step of a rank: what train.py repeats, and what bench/step.py measures.
+"""The rules of an update, and one optimizer step of a rank. train.py repeats it; bench/step.py measures it.
 
-    step.backward(tokens)      forward and backward of every micro-batch; gradients add up in float32
-    step.update(lr)            the norm of all gradients, clipping, AdamW
-    loader.next()                meanwhile the next batch was read, and copied to the device
+    trainer.forward_backward(tokens)     every micro-batch; gradients are accumulated in float32
+    trainer.update(lr)                   gradient norm, clipping, AdamW
 
-The host only queues work for the device. It never waits in here: also the clipping, and that nothing is updated where a
-gradient is not finite, are decided on the device. The caller waits once a step, when it reads loss and norm.
+The host only queues work for the device and never waits in here. The device itself decides how much to clip, and skips
+the update if a gradient is not finite. The caller waits once a step, when it reads loss and grad_norm.
 """
 
 import math
@@ -21,156 +20,30 @@ from parallel.gradients import Gradients
 from runtime.metrics import StepTimer
 from runtime.ranks import Dist
 
-LAUNCH_BOUND = 200_000_000  # parameters: up to here a GPU is done with a kernel before the host has queued the next
+GRAPH_BELOW = 200_000_000  # parameters; in smaller models the GPU finishes a kernel before the host queues the next one
+
+# ---- the rules of an update ------------------------------------------------------------------------------------------
 
 
 def make_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
-    """AdamW with Pythia's constants; biases and LayerNorms, the one-dimensional parameters, are not decayed."""
+    """AdamW with Pythia's constants. Biases and LayerNorms (the one-dimensional parameters) have no weight decay."""
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
-class Step:
-    """The step of a model whose gradients `gradients` adds up, over micro-steps and ranks."""
-
-    def __init__(self, model: Pythia, gradients: Gradients, optimizer: torch.optim.AdamW, ranks: Dist):
-        self.model, self.gradients, self.optimizer, self.ranks = model, gradients, optimizer, ranks
-        sharded, small = isinstance(model, FSDPModule), model.config.parameters < LAUNCH_BOUND
-        self.rounded = RoundedWeights([] if sharded else list(model.blocks), model.compute_dtype)
-        # The definition of the loss asks the device something in its middle, which no graph can.
-        kernels = triton_runs(torch.empty(0, dtype=model.compute_dtype, device=ranks.device))
-        graph = ranks.device.type == "cuda" and kernels and small and not sharded
-        self.graph = MicroStepGraph(self._micro_step) if graph else None
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        self.weight = torch.ones((), device=ranks.device)  # of the loss of a micro-batch in what is differentiated
-        self.timer = StepTimer(ranks.device)
-
-    def forward_backward(self, tokens: Tensor, scale: float = 1.0) -> None:
-        """Add up loss and gradients, `scale` times, of tokens [micro_steps, micro_batch, seq_len + 1] of this rank."""
-        self.micro_steps, self.scale = len(tokens) * self.ranks.world_size, scale
-        self.weight.fill_(scale / self.micro_steps)
-        self.loss_sum.zero_()
-        self.timer.start()
-        with self.rounded:
-            for i, micro_batch in enumerate(tokens, start=1):
-                (self.graph or self._micro_step)(micro_batch, last=i == len(tokens))
-        if self.graph:
-            self.timer.mark()
-
-    def _micro_step(self, tokens: Tensor, last: bool) -> None:
-        self.gradients.set_sync(last)
-        loss = self.model(tokens[:, :-1], tokens[:, 1:])
-        if last:
-            self.timer.mark()  # from here on ranks wait for each other
-        loss.backward(self.weight)
-        self.gradients.accumulate(last)
-        self.loss_sum += loss.detach()
-
-    def update(self, lr: float) -> Tensor:
-        """Clip the global norm of the gradients to 1 and update, unless loss or norm is not finite.
-
-        Returns [2] float64: the mean loss of the batch in nats, and the norm of its gradients before clipping.
-        """
-        sums = self.ranks.all_reduce(torch.stack((self.loss_sum, self.gradients.squared_norm())))
-        loss, norm = sums[0] / self.micro_steps, sums[1].sqrt() / self.scale
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        # By these two, which are GradScaler's way in, fused AdamW divides gradients as it reads them, and does nothing.
-        self.optimizer.grad_scale = (self.scale * (norm + 1e-6).clamp(min=1)).float()
-        self.optimizer.found_inf = (loss + norm).isfinite().logical_not().float()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=self.graph is None)
-        return torch.stack((loss, norm))
-
-    def compute_seconds(self) -> float:
-        """From the start of the step until ranks have to wait for each other. To be asked after loss and norm."""
-        return self.timer.seconds()[0]
-
-
-class RoundedWeights:
-    """The weights of products, rounded to half precision once a step. Inside `with` they stand in for the float32 ones.
-
-    To round a weight wherever it is used would read and write it once more a micro-step. Gradients of the rounded
-    weights are added to .grad of the others in float32. (On several ranks FSDP does all this.)
-    """
-
-    def __init__(self, modules: list[nn.Module], dtype: torch.dtype | None):
-        self.places = [  # (projection, its weight, the rounded weight)
-            (projection, weight, rounded_copy(weight, dtype))
-            for module in modules
-            for projection in module.children()
-            if (weight := projection.weight).dim() == 2 and weight.dtype != (dtype or weight.dtype)
-        ]
-
-    def __enter__(self) -> None:
-        with torch.no_grad():
-            for projection, weight, rounded in self.places:
-                projection.weight = rounded.copy_(weight)
-
-    def __exit__(self, *exception) -> None:
-        for projection, weight, _ in self.places:
-            projection.weight = weight
-
-
-def rounded_copy(weight: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
-    """A parameter for the values of another one in `dtype`, whose gradient is added to the gradient of that one."""
-
-    def add(rounded: nn.Parameter) -> None:
-        if weight.grad is None:
-            weight.grad = rounded.grad.to(weight.dtype)
-        else:
-            weight.grad += rounded.grad
-        rounded.grad = None
-
-    rounded = nn.Parameter(torch.empty_like(weight, dtype=dtype))
-    rounded.register_post_accumulate_grad_hook(add)
-    return rounded
-
-
-class MicroStepGraph:
-    """A micro-step as one CUDA graph: its hundreds of kernels are queued at once.
-
-    The first two run as they are, so that everything is compiled and has been used, and leave gradients. The graph adds
-    to them, where they lie: from then on they must be set to zero, never to None.
-    """
-
-    def __init__(self, micro_step: Callable[[Tensor, bool], None]):
-        self.micro_step, self.graph, self.before = micro_step, torch.cuda.CUDAGraph(), 2
-        self.stream = torch.cuda.Stream()  # of the first two as well: autograd wants one for all
-        self.tokens: Tensor | None = None  # where the graph finds its tokens
-
-    def __call__(self, tokens: Tensor, last: bool) -> None:
-        if self.before:
-            self.before -= 1
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                self.micro_step(tokens, last)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return
-        if self.tokens is None:
-            self.tokens = tokens.clone()
-            # thread_local: other threads, which read data or save, may allocate meanwhile
-            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
-                self.micro_step(self.tokens, last=False)
-        self.tokens.copy_(tokens)
-        self.graph.replay()
-
-
-# The rules of an update, as Pythia's
-
-
 def learning_rate(updates: int, steps: int, peak: float, schedule: str) -> float:
-    """Learning rate of the update that follows `updates` successful ones.
+    """Learning rate of the update that follows `updates` successful updates in a run of `steps` steps.
 
-    Linear warm-up over 1% of the steps, then a cosine down to a tenth of the peak. Published (GPT-NeoX v1.0): the
-    cosine's half period is *all* steps and it aims at zero, so the floor is reached after 80.5% of the run. Textbook
-    (GPT-NeoX since #1008, August 2023): the half period is what follows the warm-up, and it aims at the floor.
+    Linear warm-up over 1% of the steps, then a cosine down to peak / 10. "published" (GPT-NeoX v1.0): the half period
+    of the cosine is *all* steps, and the cosine goes down to zero, so that it meets the floor after 80.5% of the run.
+    "cosine" (textbook; GPT-NeoX since #1008, August 2023): the half period is the steps after the warm-up, and the
+    cosine goes down to the floor.
     """
     warmup, floor = steps / 100, peak / 10
     if updates <= warmup:
-        return peak * updates / warmup  # the first update has rate 0: step1 equals step0
+        return peak * updates / warmup  # the first update has learning rate 0: step1 equals step0
     if schedule == "published":
         done = min(updates, steps - warmup) - warmup
         return max(peak / 2 * (1 + math.cos(math.pi * done / steps)), floor)
@@ -179,10 +52,10 @@ def learning_rate(updates: int, steps: int, peak: float, schedule: str) -> float
 
 
 class LossScaler:
-    """The dynamic loss scale of DeepSpeed, as Pythia ran it: float16 gradients are kept from vanishing.
+    """DeepSpeed's dynamic loss scale, as in Pythia's training. It keeps small float16 gradients from becoming zero.
 
-    A first overflow only uses up the hysteresis, further ones halve the scale (never below 1); 1000 steps without one
-    double it and refill the hysteresis.
+    The first overflow only uses up the hysteresis. Further overflows halve the scale (never below 1). 1000 steps
+    without an overflow double the scale and restore the hysteresis.
     """
 
     def __init__(self, scale: float = 2.0**12, window: int = 1000, hysteresis: int = 2):
@@ -200,3 +73,133 @@ class LossScaler:
         self.clean_steps, self.overflows = self.clean_steps + 1, 0
         if self.clean_steps % self.window == 0:
             self.scale, self.hysteresis = 2 * self.scale, self.full
+
+
+# ---- the step --------------------------------------------------------------------------------------------------------
+
+
+class Step:
+    """The optimizer step of a model. `gradients` accumulates over micro-steps and ranks."""
+
+    def __init__(self, model: Pythia, gradients: Gradients, optimizer: torch.optim.AdamW, dist: Dist):
+        self.model, self.gradients, self.optimizer, self.dist = model, gradients, optimizer, dist
+        sharded, small = isinstance(model, FSDPModule), model.config.parameters < GRAPH_BELOW
+        self.cast_weights = CastWeights([] if sharded else list(model.blocks), model.compute_dtype)
+        # The reference of the loss reads a value from the device, which a CUDA graph cannot do.
+        kernels = triton_runs(torch.empty(0, dtype=model.compute_dtype, device=dist.device))
+        use_graph = dist.device.type == "cuda" and kernels and small and not sharded
+        self.graph = MicroStepGraph(self._micro_step) if use_graph else None
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=dist.device)
+        self.weight = torch.ones((), device=dist.device)  # of one micro-batch in the loss of the step
+        self.timer = StepTimer(dist.device)
+
+    def forward_backward(self, tokens: Tensor, loss_scale: float = 1.0) -> None:
+        """Accumulate loss and gradients (times loss_scale) of tokens [micro_steps, micro_batch, seq_len + 1]."""
+        self.micro_steps, self.loss_scale = len(tokens) * self.dist.world_size, loss_scale
+        self.weight.fill_(loss_scale / self.micro_steps)
+        self.loss_sum.zero_()
+        self.timer.start()
+        with self.cast_weights:
+            for i, micro_batch in enumerate(tokens, start=1):
+                (self.graph or self._micro_step)(micro_batch, last=i == len(tokens))
+        if self.graph:
+            self.timer.mark()
+
+    def _micro_step(self, tokens: Tensor, last: bool) -> None:
+        """tokens [micro_batch, seq_len + 1]."""
+        self.gradients.set_sync(last)
+        loss = self.model(tokens[:, :-1], tokens[:, 1:])
+        if last:
+            self.timer.mark()  # from here on ranks wait for each other
+        loss.backward(self.weight)
+        self.gradients.accumulate(last)
+        self.loss_sum += loss.detach()
+
+    def update(self, lr: float) -> Tensor:
+        """Clip the global gradient norm to 1 and update the weights, unless loss or norm is not finite.
+
+        Returns [2] float64 on the device: the mean loss of the batch in nats, and the gradient norm before clipping.
+        """
+        sums = self.dist.all_reduce(torch.stack((self.loss_sum, self.gradients.squared_norm())))
+        loss, grad_norm = sums[0] / self.micro_steps, sums[1].sqrt() / self.loss_scale
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # Fused AdamW reads these GradScaler hooks: it divides by grad_scale, and skips the update if found_inf is 1.
+        self.optimizer.grad_scale = (self.loss_scale * (grad_norm + 1e-6).clamp(min=1)).float()
+        self.optimizer.found_inf = (loss + grad_norm).isfinite().logical_not().float()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=self.graph is None)
+        return torch.stack((loss, grad_norm))
+
+    def compute_seconds(self) -> float:
+        """Seconds from the start of the step until ranks wait for each other. Call it after reading loss and norm."""
+        return self.timer.seconds()[0]
+
+
+class CastWeights:
+    """Half-precision copies of the weights of all matmuls, cast once a step. `with` puts them in place of the weights.
+
+    A cast at every use would read and write each weight once more in every micro-step. The gradient of a copy is
+    added to .grad of its float32 weight. (On several ranks FSDP does all this.)
+    """
+
+    def __init__(self, modules: list[nn.Module], dtype: torch.dtype | None):
+        self.casts = [  # (projection, its weight, the copy)
+            (projection, weight, half_precision_copy(weight, dtype))
+            for module in modules
+            for projection in module.children()
+            if (weight := projection.weight).dim() == 2 and weight.dtype != (dtype or weight.dtype)
+        ]
+
+    def __enter__(self) -> None:
+        with torch.no_grad():
+            for projection, weight, copy in self.casts:
+                projection.weight = copy.copy_(weight)
+
+    def __exit__(self, *exception) -> None:
+        for projection, weight, _ in self.casts:
+            projection.weight = weight
+
+
+def half_precision_copy(weight: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    """An empty parameter of the shape of `weight`. Its gradients are added to weight.grad."""
+
+    def add_gradient(copy: nn.Parameter) -> None:
+        if weight.grad is None:
+            weight.grad = copy.grad.to(weight.dtype)
+        else:
+            weight.grad += copy.grad
+        copy.grad = None
+
+    copy = nn.Parameter(torch.empty_like(weight, dtype=dtype))
+    copy.register_post_accumulate_grad_hook(add_gradient)
+    return copy
+
+
+class MicroStepGraph:
+    """A micro-step as one CUDA graph, so that the host queues its hundreds of kernels with one call.
+
+    The first two micro-steps run without a graph: they compile and warm up everything, and leave gradients. The graph
+    adds to the gradients at these addresses: from then on they must be set to zero, never to None.
+    """
+
+    def __init__(self, micro_step: Callable[[Tensor, bool], None]):
+        self.micro_step, self.graph, self.warm_ups = micro_step, torch.cuda.CUDAGraph(), 2
+        self.stream = torch.cuda.Stream()  # of the first two as well: autograd wants one stream for all
+        self.tokens: Tensor | None = None  # the graph reads its tokens here
+
+    def __call__(self, tokens: Tensor, last: bool) -> None:
+        if self.warm_ups:
+            self.warm_ups -= 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.micro_step(tokens, last)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return
+        if self.tokens is None:
+            self.tokens = tokens.clone()
+            # thread_local: the threads that read data and save may allocate meanwhile
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.micro_step(self.tokens, last=False)
+        self.tokens.copy_(tokens)
+        self.graph.replay()

@@ -272,15 +272,15 @@ def build_step(form: Form) -> Step:
 
 def update_ops(form: Form, step: Step) -> list[Op]:
     """What a step does with gradients, which it must have when these are timed, and with parameters. AdamW reads a
-    parameter, its gradient and two moments, and writes all but the gradient. In half precision RoundedWeights rounds
+    parameter, its gradient and two moments, and writes all but the gradient. In half precision CastWeights casts
     weights, and writes their gradients in float32; with a CUDA graph all are added to what lies there, and zeroed."""
-    parameters, rounded = step.gradients.parameters, {weight: copy for _, weight, copy in step.rounded.places}
+    parameters, rounded = step.gradients.parameters, {weight: copy for _, weight, copy in step.cast_weights.casts}
     numbers, one = form.config.parameters, torch.ones((), device=form.device)
     # What is added to gradients is as large as this.
     added = {weight: rounded.get(weight, weight) for weight in parameters} if step.graph else rounded
 
     def round_weights() -> None:
-        with step.rounded:
+        with step.cast_weights:
             pass
 
     @torch.no_grad()

@@ -4,10 +4,10 @@
     for each layer:   x = x + attention(norm1(x)) + mlp(norm2(x))
     logits = unembed(final_norm(x))
 
-The addition that ends one layer is computed together with the norms that begin the next, so a layer passes on its
-summands (x, attn, mlp, and the biases of the last two as one vector) and the next one adds them.
+The addition at the end of a layer is computed together with the norms at the start of the next layer. So a layer does
+not return x + attn + mlp: it returns the terms, and the next layer adds them.
 
-Parameters may be kept in a wider dtype than the arithmetic: every product casts its weight to the dtype of its input.
+Parameters may have a wider dtype than the arithmetic: every matmul casts its weight to the dtype of its input.
 """
 
 import hashlib
@@ -32,17 +32,16 @@ from model.sizes import Config
 
 
 class Affine(nn.Module):
-    """The weight and the bias of a projection or a LayerNorm, not yet initialised: Pythia.init_weights does that for
-    all. The arithmetic is in kernels."""
+    """Weight and bias of a projection or of a LayerNorm. Pythia.init_weights initialises them; kernels/ uses them."""
 
     def __init__(self, *shape: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape))  # [out, in] of a projection, [hidden] of a LayerNorm
+        self.weight = nn.Parameter(torch.empty(shape))  # projection: [out, in], LayerNorm: [hidden]
         self.bias = nn.Parameter(torch.empty(shape[0]))
 
 
 class KVCache:
-    """Rotated keys, and values, of the tokens that one layer has seen: [batch, heads, capacity, head_dim] each."""
+    """Rotated keys and values of the tokens that one layer has seen: [batch, heads, capacity, head_dim] each."""
 
     def __init__(self, config: Config, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str):
         self.k = torch.empty((batch, config.heads, capacity, config.head_dim), dtype=dtype, device=device)
@@ -50,23 +49,29 @@ class KVCache:
         self.length = 0
 
     def attend(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Attention of new tokens, qkv [batch, seq, heads, 3, head_dim], to themselves and to all before them."""
+        """Append new tokens, qkv [batch, seq, heads, 3, head_dim], and let them attend to all tokens so far.
+
+        Returns [batch, seq, heads, head_dim].
+        """
         q, k, v = qkv.permute(3, 0, 2, 1, 4)  # [batch, heads, seq, head_dim] each
         old, new = self.length, self.length + qkv.shape[1]
         self.k[:, :, old:new] = rotate(k, cos, sin)
         self.v[:, :, old:new] = v
         self.length = new
         q, k, v = rotate(q, cos, sin), self.k[:, :, :new], self.v[:, :, :new]
-        visible = torch.ones(new - old, new, dtype=torch.bool, device=q.device).tril(diagonal=old)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2)
+        mask = torch.ones(new - old, new, dtype=torch.bool, device=q.device).tril(diagonal=old)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
-# x, attn and mlp [batch, seq, hidden] and the sum of the output biases of attention and MLP [hidden]; None: nothing.
-# The biases travel as a vector of their own because a sharded layer gives up its parameters when its forward ends.
-Summands = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+# The terms of a layer's output: x, attn, mlp [batch, seq, hidden], and branch_bias [hidden], the sum of the output
+# biases of attention and MLP; None adds nothing. The biases are returned because FSDP frees a layer's parameters when
+# its forward ends, and the next layer needs them.
+Terms = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Block(nn.Module):
+    """One layer."""
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
@@ -80,19 +85,20 @@ class Block(nn.Module):
     def attention(self, u: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
         """[batch, seq, hidden] -> [batch, seq, hidden], without the bias of attn_out."""
         heads, head_dim = self.config.heads, self.config.head_dim
-        qkv = linear(u, self.qkv.weight, self.qkv.bias).unflatten(-1, (heads, 3, head_dim))
+        qkv = linear(u, self.qkv.weight, self.qkv.bias)  # [batch, seq, 3 * hidden]
+        qkv = qkv.unflatten(-1, (heads, 3, head_dim))  # [batch, seq, heads, 3, head_dim]
         out = rotary_attention(qkv, cos, sin) if cache is None else cache.attend(qkv, cos, sin)
-        return linear(out.flatten(-2), self.attn_out.weight)  # out is [batch, seq, heads, head_dim]
+        return linear(out.flatten(-2), self.attn_out.weight)  # out: [batch, seq, heads, head_dim]
 
     def mlp(self, v: Tensor) -> Tensor:
         """[batch, seq, hidden] -> [batch, seq, hidden], without the bias of mlp_out."""
         h = linear(v, self.mlp_in.weight)  # [batch, seq, ffn]
         return linear(bias_gelu(h, self.mlp_in.bias, self.config.gelu), self.mlp_out.weight)
 
-    def forward(self, summands: Summands, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Summands:
-        """The summands of the residual stream before and after the layer."""
+    def forward(self, terms: Terms, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Terms:
+        """The terms of the layer before -> the terms of this layer. cos, sin: [seq, rotary_dim / 2]."""
         norm1, norm2 = (self.norm1.weight, self.norm1.bias), (self.norm2.weight, self.norm2.bias)
-        x, attn, mlp, bias = summands
+        x, attn, mlp, bias = terms
         if self.config.parallel:
             x, u, v = add_dual_layer_norm(x, attn, mlp, *norm1, *norm2, self.config.eps, bias)
             return x, self.attention(u, cos, sin, cache), self.mlp(v), self.attn_out.bias + self.mlp_out.bias
@@ -105,7 +111,8 @@ class Block(nn.Module):
 class Pythia(nn.Module):
     """A Pythia of the given shape, initialised as published from `seed` (unless built on the meta device).
 
-    `compute_dtype` is the dtype of activations and products; None means that of the parameters.
+    `compute_dtype` is the dtype of activations and matmuls; None: the dtype of the parameters. Raises ValueError if
+    hidden is not a multiple of heads.
     """
 
     def __init__(self, config: Config, seed: int = 1234):
@@ -128,21 +135,22 @@ class Pythia(nn.Module):
         reduction: str = "mean",
         caches: list[KVCache] | None = None,
     ) -> Tensor:
-        """Logits [batch, seq, vocab] of tokens [batch, seq], or, given targets [batch, seq], the cross-entropy in nats:
-        its mean, or with reduction "none" that of every token [batch, seq]. With caches, one a
-        layer, tokens go on where they end.
+        """Logits [batch, seq, vocab] of tokens [batch, seq].
+
+        With targets [batch, seq]: the cross-entropy in nats instead, its mean, or [batch, seq] with reduction "none".
+        With caches, one a layer: tokens continue the sequence in the caches.
         """
         start = caches[0].length if caches else 0
         end = start + tokens.shape[1]
         x = F.embedding(tokens, self.embed)
         x = x.to(self.compute_dtype or x.dtype)  # [batch, seq, hidden]
-        whole = -(-end // self.config.seq_len) * self.config.seq_len  # so that few different tables are made
-        cos, sin = _tables(self.config, whole, x.dtype, x.device)
+        table_len = -(-end // self.config.seq_len) * self.config.seq_len  # few different tables
+        cos, sin = _tables(self.config, table_len, x.dtype, x.device)
         cos, sin = cos[start:end], sin[start:end]
-        summands = x, None, None, None
+        terms = x, None, None, None
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
-            summands = block(summands, cos, sin, cache)
-        x, attn, mlp, bias = summands
+            terms = block(terms, cos, sin, cache)
+        x, attn, mlp, bias = terms
         _, x = add_layer_norm(x, attn, mlp, self.final_norm.weight, self.final_norm.bias, self.config.eps, bias)
         if targets is None:
             return linear(x, self.unembed)
@@ -151,25 +159,23 @@ class Pythia(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Draw every parameter as Pythia did (the numbers themselves came from GPUs and can not be had from a seed).
+        """Draw every parameter from Pythia's distributions. (The published numbers came from GPUs: no seed gives them.)
 
-        biases                                   0
-        LayerNorm                                weight 1, bias 0
-        matrices                                 normal, with the deviation of init_std
+        biases: 0; LayerNorm: weight 1, bias 0; matrices: normal, with the standard deviation of init_std.
         """
         for name, parameter in self.named_parameters():
             parameter.copy_(torch.from_numpy(initial_rows(self.config, name, tuple(parameter.shape), seed)))
 
 
 def init_std(config: Config, name: str) -> float:
-    """Standard deviation of the initial normal distribution of a weight matrix.
+    """Standard deviation of the initial weights of a matrix.
 
                                                   "small" (most sizes)        "normal" (6.9b, 12b)
         attn_out, mlp_out                         2 / (layers sqrt(hidden))   0.02 / sqrt(2 layers)
         embed, unembed, qkv, mlp_in               sqrt(2 / (5 hidden))        0.02
 
-    small_init is of Nguyen & Salazar 2019 (arXiv:1910.05895), wang_init of Mesh Transformer JAX; the right column holds
-    the defaults of GPT-NeoX, which ran for 6.9b and 12b because their configurations leave both out.
+    Sources: small_init is from Nguyen & Salazar 2019 (arXiv:1910.05895), wang_init from Mesh Transformer JAX. The right
+    column has the defaults of GPT-NeoX, because the configurations of 6.9b and 12b set neither.
     """
     output = name.endswith(("attn_out.weight", "mlp_out.weight"))
     if config.init == "small":
@@ -181,10 +187,10 @@ INIT_BLOCK = 128  # rows drawn from one generator
 
 
 def initial_rows(config: Config, name: str, shape: tuple[int, ...], seed: int, rows: slice = slice(None)) -> np.ndarray:
-    """Rows `rows` of the initial value of parameter `name` of the full `shape`, float32.
+    """Rows `rows` of the initial value of parameter `name`, whose full shape is `shape`: float32 [rows, ..].
 
-    A row depends on (seed, name, row) only: any shard, on any number of ranks, gets the numbers it would have in the
-    whole, without drawing the whole. Philox is counter-based: the blocks of one tensor are far apart in one stream.
+    A row depends on (seed, name, row) only. So a rank draws its shard without drawing the whole tensor, and the numbers
+    do not depend on the number of ranks. Philox is counter-based: the blocks of a tensor are far apart in one stream.
     """
     start, stop, _ = rows.indices(shape[0])
     if len(shape) == 1:
@@ -202,5 +208,5 @@ def initial_rows(config: Config, name: str, shape: tuple[int, ...], seed: int, r
 @lru_cache(maxsize=8)
 def _tables(config: Config, seq_len: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(dtype, torch.float32)
-    with torch.inference_mode(False):  # made while generating, they must serve in training too
+    with torch.inference_mode(False):  # the cached tables are used in training too
         return rotary_tables(seq_len, config.rotary_dim, config.rotary_base, dtype, device)

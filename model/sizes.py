@@ -1,27 +1,27 @@
-"""The Pythia suite as one table: the shape of every model and what was really used to train it.
+"""The Pythia suite as one table: the shape of every model, its training recipe, and the steps of its checkpoints.
 
-Where the paper (Biderman et al. 2023, arXiv:2304.01373), the published configuration files and the models disagree, the
-table holds what the models were trained with, and `paper` says what the paper says.
+The paper (Biderman et al. 2023, arXiv:2304.01373), the published configuration files and the models disagree in places.
+The table has what the models were really trained with; the column `paper` has what the paper says.
 """
 
 from dataclasses import dataclass
 
-VOCAB_USED = 50_277  # ids of the tokenizer; the rest of `vocab` is padding to a multiple of 128 x tensor-parallel ranks
+VOCAB_USED = 50_277  # ids of the tokenizer; `vocab` is padded to a multiple of 128 x tensor-parallel ranks
 
 
 @dataclass(frozen=True)
 class Config:
-    """A GPT-NeoX network in the manner of Pythia, and the recipe it is trained by."""
+    """The shape of a GPT-NeoX network and its training recipe."""
 
     name: str
     layers: int
     hidden: int
     heads: int
     vocab: int = 50_304
-    lr: float = 1e-3  # peak; the floor is a tenth of it
-    init: str = "small"  # "small": small_init and wang_init; "normal": GPT-NeoX defaults (Pythia.init_std has both)
-    precision: str = "fp16"  # what the published model was trained in
-    paper: str = ""  # what the paper or the model card says where it differs
+    lr: float = 1e-3  # peak; the floor is a tenth of the peak
+    init: str = "small"  # "small": small_init and wang_init; "normal": GPT-NeoX defaults (see model.pythia.init_std)
+    precision: str = "fp16"  # of the published training
+    paper: str = ""  # where the paper or the model card says something else: what they say
 
     seq_len: int = 2048
     ffn_ratio: int = 4
@@ -29,7 +29,7 @@ class Config:
     rotary_base: float = 10_000.0
     eps: float = 1e-5  # of every LayerNorm
     gelu: str = "tanh"  # as trained; published config.json files evaluate by erf ("none")
-    parallel: bool = True  # attention and MLP read the same residual; False only in GPT-NeoX models outside the suite
+    parallel: bool = True  # attention and MLP read the same residual; False: GPT-NeoX models outside the suite
 
     @property
     def head_dim(self) -> int:
@@ -37,7 +37,7 @@ class Config:
 
     @property
     def rotary_dim(self) -> int:
-        """Columns of a head that are rotated: a quarter, rounded down."""
+        """Rotated columns of a head: a quarter, rounded down."""
         return int(self.rotary_fraction * self.head_dim)
 
     @property
@@ -52,7 +52,7 @@ class Config:
 
     @property
     def parameters(self) -> int:
-        """All parameters; embedding and unembedding are separate and both padded."""
+        """All parameters. Embedding and unembedding are not tied; both are padded."""
         return self.non_embedding_parameters + 2 * self.vocab * self.hidden
 
     @property
@@ -60,11 +60,10 @@ class Config:
         return self.layers * self.layer_parameters + 2 * self.hidden
 
     def flops_per_token(self, seq_len: int | None = None, causal: bool = False) -> int:
-        """Floating-point operations to train on one token, forward and backward, without recomputation.
+        """Floating-point operations to train on one token: forward and backward, without recomputation.
 
-        6 per weight of a matrix product (unembedding counted, embedding not) + 12 x layers x hidden x seq_len for the
-        scores and values of attention (Chowdhery et al. 2022, PaLM, appendix B); half of the latter when only the
-        causal half is credited.
+        6 for every weight of a matmul (with the unembedding, without the embedding), and 12 x layers x hidden x seq_len
+        for attention (Chowdhery et al. 2022, PaLM, appendix B). causal=True counts half of the latter.
         """
         attention = 12 * self.layers * self.hidden * (seq_len or self.seq_len)
         return 6 * (self.non_embedding_parameters + self.vocab * self.hidden) + attention // (2 if causal else 1)
@@ -89,5 +88,5 @@ SIZES: dict[str, Config] = {config.name: config for config in _TABLE}
 
 
 def is_published_step(step: int, last: int) -> bool:
-    """Whether Pythia publishes this step: 0, the powers of two to 512, every thousand, the last. 154 of 143,000."""
+    """Whether Pythia has a checkpoint of this step: 0, 1, 2, 4 ... 512, every 1000th, and the last. 154 in all."""
     return step in (0, last) or step % 1000 == 0 or (step <= 512 and step.bit_count() == 1)

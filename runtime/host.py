@@ -1,4 +1,4 @@
-"""What a run asks of the machine it is on."""
+"""What a run needs from its machine and its operating system: bf16 matmul, signals, memory."""
 
 import ctypes
 import os
@@ -11,19 +11,19 @@ from tqdm import tqdm
 
 
 def supports_bf16_matmul() -> bool:
-    """Whether this machine has instructions for products of bfloat16: they take half the time of float32, or less."""
+    """Whether this machine has instructions for bf16 matmul. They take half the time of float32, or less."""
     avx512, amx = (getattr(torch.cpu, f"_is_{name}_supported", bool) for name in ("avx512_bf16", "amx_tile"))
     return torch.cuda.is_available() or avx512() or amx()
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM finish the step and save; a second one, a second or more later, stops at once.
+    """Ctrl-C or SIGTERM sets `requested`. A second signal, a second or more later, ends the process at once.
 
     Under torchrun one Ctrl-C arrives twice: from the terminal, and a moment later from torchrun.
     """
 
     def __init__(self):
-        self.requested, self.first = False, 0.0
+        self.requested, self.first = False, 0.0  # first: when the first signal came, in seconds
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.handle)
 
@@ -36,13 +36,13 @@ class StopSignal:
 
 
 def reuse_freed_memory() -> None:
-    """Have glibc keep the memory that a step frees, for the next step.
+    """Make glibc keep the memory that a step frees, for the next step. Other C libraries have no such call.
 
-    By default it returns large tensors to the system and faults every page in anew: half the time of a small model on
-    a CPU. The C library of other systems has no such call.
+    By default glibc returns large tensors to the system, and every step page-faults its buffers again: about
+    half the step time of a small model on a CPU.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
-        m_trim_threshold, m_mmap_threshold, most = -1, -3, 2**31 - 1
-        mallopt(m_mmap_threshold, most)
-        mallopt(m_trim_threshold, most)
+        m_trim_threshold, m_mmap_threshold, largest = -1, -3, 2**31 - 1
+        mallopt(m_mmap_threshold, largest)
+        mallopt(m_trim_threshold, largest)

@@ -1,13 +1,11 @@
-"""step.py: the same numbers as ordinary loops, without what costs time."""
+"""step.py computes the same numbers as ordinary loops, and never waits for the device."""
 
-import threading
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from corpus.loader import Loader
 from kernels import backend
 from model import SIZES, Pythia
 from parallel.fsdp import set_recompute
@@ -15,14 +13,14 @@ from parallel.gradients import Gradients
 from runtime.ranks import Dist
 from step import Step, make_optimizer
 
-TINY = replace(SIZES["14m"], layers=2, hidden=64, vocab=384, seq_len=32)  # a head_dim that the kernels know
+TINY = replace(SIZES["14m"], layers=2, hidden=64, vocab=384, seq_len=32)  # the kernels support this head_dim
 
 
 def model_and_step(dtype: torch.dtype, device: torch.device, lr: float = 1e-2) -> tuple[Pythia, Step]:
     model = Pythia(TINY, seed=5).to(device)
     model.compute_dtype = dtype
-    ranks = Dist(device=device)
-    return model, Step(model, Gradients(model, ranks, "none"), make_optimizer(model, lr), ranks)
+    dist = Dist(device=device)
+    return model, Step(model, Gradients(model, dist, "none"), make_optimizer(model, lr), dist)
 
 
 def tokens(steps: int, device: torch.device) -> torch.Tensor:
@@ -36,12 +34,12 @@ def state(model: Pythia, optimizer: torch.optim.AdamW) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("recompute", ["none", "cheap", "full"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_gradients_are_those_of_autograd(dtype, recompute, device):
-    """Rounding weights once a step instead of at every use changes no bit."""
+def test_gradients_equal_those_of_autograd(dtype, recompute, device):
+    """Casting weights once a step instead of at every use changes no bit."""
     batch = tokens(1, device)[0]
     model, step = model_and_step(dtype, device)
     set_recompute(model, recompute)
-    step.forward_backward(batch, scale=4.0)
+    step.forward_backward(batch, loss_scale=4.0)
     plain, _ = model_and_step(dtype, device)
     set_recompute(plain, recompute)
     losses = [plain(rows[:, :-1], rows[:, 1:]) for rows in batch]
@@ -53,7 +51,7 @@ def test_gradients_are_those_of_autograd(dtype, recompute, device):
         assert torch.equal(ours.grad, theirs.grad), name
 
 
-def test_rounded_weights_stand_in_for_a_step_only(device, monkeypatch):
+def test_half_precision_copies_are_used_only_within_a_step(device, monkeypatch):
     model, step = model_and_step(torch.bfloat16, device)
     before, seen = dict(model.named_parameters()), []
 
@@ -71,8 +69,8 @@ def test_rounded_weights_stand_in_for_a_step_only(device, monkeypatch):
 
 
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
-def test_updates_are_those_of_torch(scale, device):
-    """Against gradients unscaled and clipped by torch, and AdamW in float64, over a few steps."""
+def test_updates_equal_those_of_torch(scale, device):
+    """Compared with gradients that torch unscales and clips, and AdamW in float64, over a few steps."""
     model, step = model_and_step(torch.float32, device)
     exact = Pythia(TINY, seed=5).to(device)
     optimizer, norms = make_optimizer(exact.double(), 1.0), []
@@ -87,13 +85,13 @@ def test_updates_are_those_of_torch(scale, device):
         optimizer.step()
         norms.append(norm.item())
         assert facts[1].item() == pytest.approx(norms[-1], rel=1e-6)
-    assert min(norms) < 1 < max(norms), norms  # clipped at first, and at last not
+    assert min(norms) < 1 < max(norms), norms  # the first steps clip, the last do not
     for ours, theirs in zip(model.parameters(), exact.parameters()):
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_nothing_is_updated_where_a_gradient_is_not_finite(value, device):
+def test_no_update_if_a_gradient_is_not_finite(value, device):
     model, step = model_and_step(torch.float32, device)
     first, second, third = tokens(3, device)
     step.forward_backward(first)
@@ -112,7 +110,7 @@ def test_nothing_is_updated_where_a_gradient_is_not_finite(value, device):
 
 @pytest.fixture
 def chosen_kernels():
-    """Those that train.py would choose."""
+    """The kernels that train.py would choose."""
     backend.choose("auto")
     yield
     backend.choose("torch")
@@ -129,7 +127,7 @@ def test_a_graph_changes_no_bit(dtype, device, chosen_kernels):
             step.graph = None
         facts = []
         for batch in tokens(6, device):
-            step.forward_backward(batch, scale=8.0)
+            step.forward_backward(batch, loss_scale=8.0)
             facts.append(step.update(1e-2))
         results.append([torch.stack(facts), *state(model, step.optimizer)])
         if graph:
@@ -140,15 +138,15 @@ def test_a_graph_changes_no_bit(dtype, device, chosen_kernels):
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", ["14m", "410m"])
 def test_a_step_does_not_wait_for_the_device(size, device, monkeypatch, chosen_kernels):
-    """As torch itself detects; 14m runs as a graph, 410m does not."""
+    """torch itself detects a host sync. 14m runs as a graph, 410m does not."""
     monkeypatch.setitem(SIZES, size, replace(SIZES[size], layers=2))
     model = Pythia(SIZES[size]).to(device)
     model.compute_dtype = torch.bfloat16
-    ranks = Dist(device=device)
-    step = Step(model, Gradients(model, ranks, "none"), make_optimizer(model, 1e-3), ranks)
-    batch = torch.randint(50_000, (2, 8, 513), device=device)  # so many that embeddings sort them
+    dist = Dist(device=device)
+    step = Step(model, Gradients(model, dist, "none"), make_optimizer(model, 1e-3), dist)
+    batch = torch.randint(50_000, (2, 8, 513), device=device)  # enough tokens that the embedding gradient sorts them
     if size == "410m":
-        step.graph = None  # two layers of it are small
+        step.graph = None  # two layers of 410m are below GRAPH_BELOW
     for i in range(3):
         torch.cuda.set_sync_debug_mode("error" if i == 2 else "default")
         try:
@@ -160,39 +158,5 @@ def test_a_step_does_not_wait_for_the_device(size, device, monkeypatch, chosen_k
 
 
 @pytest.mark.gpu
-def test_no_graph_of_definitions(device):
+def test_the_reference_gets_no_graph(device):
     assert model_and_step(torch.bfloat16, device)[1].graph is None
-
-
-# Loader
-
-
-def test_feed_reads_one_step_ahead_and_no_further(device):
-    asked, done = [], {step: threading.Event() for step in (7, 8, 9)}
-
-    def read(step: int) -> np.ndarray:
-        asked.append(step)
-        done[step].set()
-        return np.full((2, 3, 5), step, dtype=np.uint16)
-
-    with Loader(read, 7, 10, device) as loader:
-        for step in (7, 8, 9):
-            batch = loader.next()
-            assert batch.tokens.dtype == torch.int64
-            assert batch.tokens.device.type == device.type
-            assert torch.equal(batch.tokens.cpu(), torch.full((2, 3, 5), step))
-            assert batch.digests.shape == (2, 3, 32)
-            assert done[min(step + 1, 9)].wait(60)
-            assert asked == list(range(7, min(step + 2, 10)))
-
-
-def test_feed_raises_what_reading_raises_when_it_is_the_turn(device):
-    def read(step: int) -> np.ndarray:
-        if step == 2:
-            raise ValueError("step 2 can not be read")
-        return np.zeros((1, 1, 5), dtype=np.int32)
-
-    with Loader(read, 1, 9, device) as loader:
-        loader.next()
-        with pytest.raises(ValueError, match="step 2 can not"):
-            loader.next()

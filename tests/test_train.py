@@ -167,9 +167,10 @@ def test_gradient_norm_in_any_order_of_rows():
 
 def test_run_equals_transformers_in_an_ordinary_loop(run, corpus, tiny):
     """The same rows, weights and rules with none of our model, kernels or loop: losses, norms and final weights."""
-    directory = run("--micro-batch", "2", "--export-gelu", "trained")
+    directory = run("--micro-batch", "2")
     ours = records(directory)
-    theirs = transformers.GPTNeoXForCausalLM.from_pretrained(directory / "step0")
+    gelu = {"hidden_act": "gelu_pytorch_tanh"}  # as trained; config.json says "gelu", as the published files do
+    theirs = transformers.GPTNeoXForCausalLM.from_pretrained(directory / "step0", **gelu)
     order = Order(corpus, math.ceil(9 * 4 * 1.005), 32, 1234)
     matrices = [p for p in theirs.parameters() if p.dim() > 1]
     vectors = [p for p in theirs.parameters() if p.dim() == 1]
@@ -368,7 +369,7 @@ def test_init_from(run, tiny, tmp_path):
     zero = load(directory / "step0")
     assert all(torch.equal(a, b) for a, b in zip(zero.parameters(), start.parameters()))
     save(Pythia(replace(tiny, layers=3)), tmp_path / "deeper", torch.float32)
-    with pytest.raises(UserError, match="is no 14m: layers is 3"):
+    with pytest.raises(UserError, match="is not a 14m: layers is 3"):
         run("--init-from", tmp_path / "deeper", out="other")
     assert not (tmp_path / "other" / "run.json").exists()
 
@@ -397,7 +398,7 @@ def test_a_signal_finishes_the_step_and_saves(run, monkeypatch, capsys, number):
     monkeypatch.setattr(gradients, "squared_norm", squared_norm)
     directory = run(out="cut")
     assert manifest.saved_steps(directory)[-1] == 5
-    assert "paused at step 5 of 9; the same line goes on" in capsys.readouterr().out
+    assert "paused at step 5 of 9; the same command continues the run" in capsys.readouterr().out
     monkeypatch.setattr(gradients, "squared_norm", real)
     assert records(run(out="cut")) == records(run(out="whole"))
 
@@ -411,7 +412,7 @@ def test_a_second_signal_stops_at_once():
 
 
 def test_interrupt_of_torchrun_from_a_terminal(tmp_path, corpus):
-    """Ctrl-C reaches torchrun and the trainer; the trainer saves, and the same line resumes."""
+    """Ctrl-C reaches torchrun and the trainer; the trainer saves, and the same command resumes."""
     line = [Path(sys.executable).with_name("torchrun"), ROOT / "train.py", "--size", "14m", "--data", corpus]
     line += ["--steps", "1000", "--batch-size", "1", "--seq-len", "16", "--out", tmp_path / "run"]
     with subprocess.Popen(
@@ -505,7 +506,7 @@ def test_a_run_directory_of_something_else(run, corpus, tmp_path):
 
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match="no run directory"):
+    with pytest.raises(UserError, match="not a run directory"):
         run(out="home")
     assert [path.name for path in (tmp_path / "home").iterdir()] == ["thesis.tex"]
 
@@ -516,7 +517,7 @@ def test_a_run_directory_of_something_else(run, corpus, tmp_path):
 
 def test_finished_and_paused_runs_say_so(run, capsys):
     run("--stop-at", "3")
-    assert "paused at step 3 of 9; the same line without --stop-at goes on" in capsys.readouterr().out
+    assert "paused at step 3 of 9; the same command without --stop-at continues the run" in capsys.readouterr().out
     run("--stop-at", "2")
     assert "is at step 3" in capsys.readouterr().out
     run()

@@ -1,4 +1,4 @@
-"""A run directory has one user, until that ends in whatever way."""
+"""One process at a time uses a run directory, until it ends, however it ends."""
 
 import errno
 import fcntl
@@ -17,7 +17,7 @@ import pytest
 from runtime.errors import UserError
 from runtime.run_directory import lock
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 HOLD = """
 import sys
@@ -121,7 +121,7 @@ def test_a_place_that_can_not_be_written(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").symlink_to(tmp_path / "file")
     for path in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / "run", Path("/proc/run")):
-        assert re.fullmatch(r"\S+ can not be written \([\w ]+\): choose another --out", refused(path))
+        assert re.fullmatch(r"\S+ cannot be written \([\w ]+\): choose another --out", refused(path))
     assert (tmp_path / "file").read_text() == "precious"
 
 

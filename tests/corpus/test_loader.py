@@ -1,0 +1,40 @@
+"""The Loader reads batches ahead on a thread."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from corpus.loader import Loader
+
+
+def test_reads_one_step_ahead_and_no_further(device):
+    asked, done = [], {step: threading.Event() for step in (7, 8, 9)}
+
+    def read(step: int) -> np.ndarray:
+        asked.append(step)
+        done[step].set()
+        return np.full((2, 3, 5), step, dtype=np.uint16)
+
+    with Loader(read, 7, 10, device) as loader:
+        for step in (7, 8, 9):
+            batch = loader.next()
+            assert batch.tokens.dtype == torch.int64
+            assert batch.tokens.device.type == device.type
+            assert torch.equal(batch.tokens.cpu(), torch.full((2, 3, 5), step))
+            assert batch.digests.shape == (2, 3, 32)
+            assert done[min(step + 1, 9)].wait(60)
+            assert asked == list(range(7, min(step + 2, 10)))
+
+
+def test_an_error_in_read_is_raised_by_next_of_that_step(device):
+    def read(step: int) -> np.ndarray:
+        if step == 2:
+            raise ValueError("step 2 cannot be read")
+        return np.zeros((1, 1, 5), dtype=np.int32)
+
+    with Loader(read, 1, 9, device) as loader:
+        loader.next()
+        with pytest.raises(ValueError, match="step 2 cannot"):
+            loader.next()
