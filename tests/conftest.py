@@ -1,4 +1,4 @@
-"""A Pythia small enough to train in a test, and text for it."""
+"""Fixtures: a Pythia that trains in a test, text for it, and the choice of the kernels."""
 
 import json
 import os
@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-# Without a GPU the kernels are to run in Triton's interpreter, which has to be known when they are defined: during the
-# imports below. Afterwards it would only slow down what is not their test, the processes that tests start included.
+# Without a GPU the tests run the kernels in Triton's interpreter. Triton reads this variable when a kernel is defined,
+# that is in the imports below. Afterwards it would only slow down other tests and the processes that they start.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 import train
@@ -32,14 +32,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def definitions() -> None:
-    """Ops run their definitions in torch, unless a test asks for Triton."""
+def references() -> None:
+    """Ops run their torch reference, unless a test asks for Triton."""
     backend.choose("torch")
 
 
 @pytest.fixture
 def triton_kernels(monkeypatch) -> Iterator[None]:
-    """Ops run their Triton kernels: on a GPU where there is one, else in Triton's interpreter."""
+    """Ops run their Triton kernels: on the GPU if there is one, else in Triton's interpreter."""
     if INTERPRETED:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         monkeypatch.setattr(backend, "INTERPRETED", True)
@@ -55,7 +55,7 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """The prefix of 60 documents of made-up words, a token a byte."""
+    """The prefix of a data set: 60 documents of random words, one token per byte."""
     folder = tmp_path_factory.mktemp("corpus")
     words = random.Random(0)
     vocabulary = ["".join(words.choices("abcdefghij ", k=words.randint(1, 9))) for _ in range(50)]
@@ -76,7 +76,7 @@ def tiny(monkeypatch):
 
 @pytest.fixture
 def run(tiny, corpus, tmp_path):
-    """Train in this process: run(*flags, out="a") -> the run directory. Four rows of 32 tokens a step, nine steps."""
+    """run(*flags, out="a") trains in this process: nine steps of four rows of 32 tokens. Returns the run directory."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def start(*flags: str, out: str = "run") -> Path:
@@ -91,7 +91,7 @@ def run(tiny, corpus, tmp_path):
 
 
 def records(run_directory: Path) -> list[dict]:
-    """metrics.jsonl without what depends on the clock."""
+    """metrics.jsonl without the values that depend on the clock."""
     lines = [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
     clock = ("seconds", "data_seconds", "compute_seconds", "tokens_per_s", "mfu")
     return [{k: v for k, v in line.items() if k not in clock} for line in lines]
@@ -99,5 +99,5 @@ def records(run_directory: Path) -> list[dict]:
 
 @pytest.fixture(autouse=True)
 def _fixed_threads():
-    """The order of a sum depends on the number of threads: tests that compare bits need it fixed."""
+    """The order of a sum depends on the number of threads. Tests that compare bits need a fixed number."""
     torch.set_num_threads(2)

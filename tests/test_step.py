@@ -1,5 +1,6 @@
 """step.py computes the same numbers as ordinary loops, and never waits for the device."""
 
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -11,9 +12,106 @@ from model import SIZES, Pythia
 from parallel.fsdp import set_recompute
 from parallel.gradients import Gradients
 from runtime.ranks import Dist
-from step import Step, make_optimizer
+from step import LossScaler, Step, learning_rate, make_optimizer
 
 TINY = replace(SIZES["14m"], layers=2, hidden=64, vocab=384, seq_len=32)  # the kernels support this head_dim
+
+
+# ---- the rules of an update
+
+
+@pytest.mark.parametrize(
+    ("updates", "rate"),
+    [
+        (0, 0.0),
+        (1, 6.993e-7),
+        (715, 5e-4),
+        (1430, 1e-3),
+        (10_000, 9.91164e-4),
+        (36_000, 8.62599e-4),
+        (71_500, 5.15705e-4),
+        (100_000, 2.19868e-4),
+        (115_138, 1.000060e-4),
+        (115_139, 1e-4),
+        (142_999, 1e-4),
+    ],
+)
+def test_published_learning_rate(updates, rate):
+    assert learning_rate(updates, 143_000, 1e-3, "published") == pytest.approx(rate, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("updates", "rate"),
+    [(0, 0.0), (1430, 1e-3), (10_000, 9.91887e-4), (36_000, 8.73953e-4), (71_500, 5.57140e-4), (100_000, 2.89788e-4)],
+)
+def test_textbook_learning_rate(updates, rate):
+    assert learning_rate(updates, 143_000, 1e-3, "cosine") == pytest.approx(rate, rel=1e-5)
+    assert learning_rate(143_000, 143_000, 1e-3, "cosine") == pytest.approx(1e-4)
+
+
+def test_loss_scaler_equals_deepspeed():
+    """The state machine written from DeepSpeed's description: a step counter and the step of the last overflow."""
+    draw = random.Random(3)
+    for window in (3, 10, 1000):
+        ours = LossScaler(window=window)
+        scale, hysteresis, last_overflow = 4096.0, 2, -1
+        for step in range(5000):
+            overflow = draw.random() < draw.choice((0.0, 0.02, 0.5))
+            ours.update(overflow)
+            if overflow:
+                if hysteresis == 1:
+                    scale = max(scale / 2, 1.0)
+                else:
+                    hysteresis -= 1
+                last_overflow = step
+            elif (step - last_overflow) % window == 0:
+                hysteresis, scale = 2, scale * 2
+            assert (ours.scale, ours.hysteresis) == (scale, hysteresis)
+
+
+def test_loss_scaler_by_hand():
+    scaler = LossScaler()
+    scales = []
+    for overflow in [True, True, True] + [False] * 1000 + [True, True]:
+        scaler.update(overflow)
+        scales.append(scaler.scale)
+    assert scales[:3] == [4096, 2048, 1024]
+    assert scales[1001:] == [
+        1024,
+        2048,
+        2048,
+        1024,
+    ]  # doubled and restored after 1000; the next overflow changes nothing
+    for _ in range(30):
+        scaler.update(True)
+    assert scaler.scale == 1.0
+    assert scaler.overflows == 32
+
+
+def test_optimizer_decays_matrices_only(tiny):
+    model = Pythia(tiny)
+    optimizer = make_optimizer(model, 1e-3)
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, others = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+    assert decayed == {
+        n for n in names.values() if n in ("embed", "unembed") or (n.endswith("weight") and "norm" not in n)
+    }
+    assert others == set(names.values()) - decayed
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+
+    weight = model.blocks[0].qkv.weight
+    before, g = weight.detach().double().clone(), torch.randn_like(weight)
+    m = v = torch.zeros_like(before)
+    expected = before
+    for t in (1, 2, 3):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        weight.grad = g.clone()
+        optimizer.step()
+        m, v = 0.9 * m + 0.1 * g.double(), 0.95 * v + 0.05 * g.double() ** 2
+        step = (m / (1 - 0.9**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-8)
+        expected = expected - 1e-3 * (step + 0.1 * expected)
+    torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-6, atol=1e-8)
 
 
 def model_and_step(dtype: torch.dtype, device: torch.device, lr: float = 1e-2) -> tuple[Pythia, Step]:
@@ -30,6 +128,9 @@ def tokens(steps: int, device: torch.device) -> torch.Tensor:
 
 def state(model: Pythia, optimizer: torch.optim.AdamW) -> list[torch.Tensor]:
     return [x.clone() for p in model.parameters() for x in (p.detach(), *optimizer.state[p].values())]
+
+
+# ---- the step
 
 
 @pytest.mark.parametrize("recompute", ["none", "cheap", "full"])

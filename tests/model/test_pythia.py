@@ -49,7 +49,7 @@ def test_golden_other_activation_and_precision(name):
     same(load(GOLDEN / name)(ids), golden["logits_f32"], 2e-5)
 
 
-# 12b and 6.9b differ in no kind of shape
+# 6.9b and 12b have the same kinds of shapes
 @pytest.mark.parametrize("size", [pytest.param(s, marks=pytest.mark.slow) if s == "6.9b" else s for s in SIZES])
 def test_transformers_agrees_on_every_shape(size):
     """Logits and all gradients in float32, random weights, at a depth and vocabulary that fit a laptop."""
@@ -110,18 +110,18 @@ def test_initial_rows_do_not_depend_on_the_shard():
     for cuts in ([0, 1, 2, 200, shape[0]], [0, INIT_BLOCK, 2 * INIT_BLOCK + 1, shape[0]]):
         shards = [initial_rows(TINY, "embed", shape, 1234, slice(a, b)) for a, b in pairwise(cuts)]
         assert np.array_equal(np.concatenate(shards), whole)
-    assert len(np.unique(whole)) > 0.99 * whole.size  # blocks do not repeat one another
+    assert len(np.unique(whole)) > 0.99 * whole.size  # blocks do not repeat
     assert initial_rows(TINY, "embed", shape, 1234, slice(4, 4)).shape == (0, 6)
 
 
 def test_initial_numbers_are_pinned():
-    """A change of these numbers changes every run: it must be meant."""
+    """If these numbers change, every run changes."""
     rows = initial_rows(TINY, "blocks.0.qkv.weight", (384, 128), 1234, slice(0, 1))
     np.testing.assert_allclose(rows[0, :3], PINNED, rtol=1e-6)
 
 
 class CountProducts(TorchDispatchMode):
-    """How often products and attention are computed, of which torch's FLOP counter knows its own only."""
+    """Counts matmuls and attention. torch's FLOP counter does not know our ops."""
 
     products = 0
 
@@ -143,7 +143,7 @@ def test_recompute_changes_no_bit(dtype):
         gradients[recompute], products[recompute] = [p.grad for p in model.parameters()], counter.products
     for recompute in RECOMPUTE[1:]:
         assert all(torch.equal(a, b) for a, b in zip(gradients["none"], gradients[recompute]))
-    assert products["cheap"] == products["none"]  # no product is computed twice
+    assert products["cheap"] == products["none"]  # no matmul runs twice
     assert products["full"] > products["none"]
 
 
@@ -167,7 +167,7 @@ def test_memory_of_the_loss_is_a_chunk_not_all_logits():
 
 
 def test_training_after_inference():
-    """The rotary tables are kept between calls; those made in inference mode must not spoil a later backward pass."""
+    """Rotary tables that were computed in inference mode are cached and must work in a later backward pass."""
     model = Pythia(replace(TINY, seq_len=77))
     tokens = torch.zeros(1, 5, dtype=torch.long)
     with torch.inference_mode():
