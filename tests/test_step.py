@@ -81,7 +81,7 @@ def test_loss_scaler_by_hand():
         2048,
         2048,
         1024,
-    ]  # doubled and restored after 1000; the next overflow changes nothing
+    ]  # doubled after 1000, hysteresis restored
     for _ in range(30):
         scaler.update(True)
     assert scaler.scale == 1.0
