@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import time
+from argparse import RawDescriptionHelpFormatter
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -59,9 +60,7 @@ class Settings:
     """Every setting of a run. The command line and run.json are made from this class."""
 
     size: str = setting("", "which Pythia", choices=list(SIZES), required=True)
-    data: str = setting(
-        "demo", "PREFIX of a Megatron .bin/.idx, a directory of pre-shuffled rows, or `demo` (default)", False
-    )
+    data: str = setting("demo", "PREFIX of a Megatron .bin/.idx, a directory of pre-shuffled rows, or `demo`", False)
     out: str = setting("", "run directory (default: runs/pythia-SIZE)", False)
     demo: bool = setting(False, "a run of about two minutes on a laptop: demo data, few steps, small batch", False)
     plan: bool = setting(False, "print parameters, FLOPs, memory and expected days, then exit", False)
@@ -100,21 +99,21 @@ class Settings:
     )
     gelu: str = setting("tanh", "GELU of training: tanh as published, or none: exact erf", choices=["tanh", "none"])
     keep_state: int = setting(2, "how many of the newest checkpoints keep the state that resuming needs", False)
-    timeout: float = setting(
-        1800.0, "seconds without progress until a hanging rank is named and the run ends (default: 1800)", False
-    )
+    timeout: float = setting(1800.0, "seconds without progress until a hanging rank is named and the run ends", False)
     profile: int = setting(0, "write a torch trace of this many steps, of every rank, to RUN/profile", False)
     log: str = setting("", "also log to tensorboard, wandb, or both (tensorboard,wandb)", False)
 
 
 def parse(arguments: list[str]) -> Settings:
     """The settings of a command line with every default resolved. Raises UserError for settings that cannot work."""
-    parser = Parser(
-        prog="train.py", description=__doc__.split("\n\n")[0], epilog="The same command again resumes a run."
-    )
+    description = "\n\n".join(__doc__.split("\n\n")[:2])
+    parser = Parser("train.py", description=description, formatter_class=RawDescriptionHelpFormatter)
+    parser.epilog = "The same command again resumes a run."
     for f in fields(Settings):
         options = {"help": f.metadata["help"], "default": f.default, **f.metadata["options"]}
         options |= {"action": "store_true"} if f.type is bool else {"type": f.type}
+        if f.default and "default" not in options["help"]:
+            options["help"] += " (default: %(default)s)"
         if f.type is not bool and "choices" not in options:
             options["metavar"] = {int: "N", float: "X", str: "NAME"}[f.type]
         parser.add_argument(flag(f.name), **options)
