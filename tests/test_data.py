@@ -136,8 +136,9 @@ def neox_sample_idx(sizes, doc_idx, rows, seq_len):
 
 def test_order_of_random_data_equals_a_naive_walk(tmp_path, monkeypatch):
     # Blocks of three documents: what is vectorised over blocks must not notice where they end.
-    whole = indexed.blocks
-    monkeypatch.setattr(indexed, "blocks", lambda count, label, size=3: whole(count, label, size))
+    whole = indexed.block_slices
+    for module in (indexed, order_module):
+        monkeypatch.setattr(module, "block_slices", lambda count, label, size=3: whole(count, label, size))
     rng = np.random.default_rng(0)
     for trial in range(60):
         documents = random_documents(rng, int(rng.integers(1, 30)), int(rng.choice([1, 3, 20, 100])))
@@ -299,10 +300,10 @@ def test_batch_sha256_composes_from_rows(golden):
     ("arguments", "message"),
     [
         ({"batch_size": 12, "micro_batch": 5}, r"--micro-batch 5 .* 4 or 6 would"),
-        ({"batch_size": 12, "micro_batch": 2, "world": 4}, r"--micro-batch 2 .* 1 or 3 would"),
+        ({"batch_size": 12, "micro_batch": 2, "world_size": 4}, r"--micro-batch 2 .* 1 or 3 would"),
         ({"batch_size": 12, "micro_batch": 99}, r"; 12 would"),
         ({"batch_size": 12, "micro_batch": 0}, r"; 1 would"),
-        ({"batch_size": 12, "world": 5}, r"--batch-size 12 .* 10 or 15 would"),
+        ({"batch_size": 12, "world_size": 5}, r"--batch-size 12 .* 10 or 15 would"),
         ({"batch_size": 0}, r"--batch-size 0 .* 1 or 2 would"),
         ({"batch_size": 12, "step": 2}, "step 2: the data has 2 steps of 12 rows"),
         ({"batch_size": 12, "step": -1}, "step -1"),
@@ -322,7 +323,7 @@ def test_check_vocab_names_the_token():
     check_vocab(tokens, 100_000, step=7)  # more than the dtype can hold
     # Rank 1 of 2: step 7 begins at row 84, its second micro-step at 90, this rank's part of it at 93.
     with pytest.raises(UserError, match=r"step 7, row 95, position 5: token id 50304 .* vocabulary of 50304"):
-        check_vocab(tokens, 50304, step=7, rank=1, world=2)
+        check_vocab(tokens, 50304, step=7, rank=1, world_size=2)
     with pytest.raises(UserError, match="step 0, row 1, position 2: token id -1"):
         check_vocab(np.array([[[0, 0, 0], [0, 0, -1]]]), 50304, step=0)
 
