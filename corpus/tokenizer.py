@@ -17,7 +17,7 @@ def byte_tokenizer() -> Tokenizer:
     0 is <|endoftext|>, 1 is <|padding|>, 2 .. 244 are the bytes that occur in UTF-8 (all but C0, C1, F5 .. FF), sorted
     by the character that GPT-2 writes for each. Every token has the same id in Pythia's tokenizer.
     """
-    unused = {chr(byte) for byte in (0xC0, 0xC1, *range(0xF5, 0x100))}  # GPT-2 writes each as the character of this code
+    unused = {chr(byte) for byte in (0xC0, 0xC1, *range(0xF5, 0x100))}  # GPT-2 writes chr(byte) for these
     tokens = [END_OF_TEXT, "<|padding|>", *sorted({*pre_tokenizers.ByteLevel.alphabet()} - unused)]
     tokenizer = Tokenizer(models.BPE(vocab={token: id for id, token in enumerate(tokens)}, merges=[]))
     tokenizer.normalizer = normalizers.NFC()
