@@ -90,8 +90,7 @@ def check_vocab(tokens: np.ndarray, vocab: int, step: int, rank: int = 0, world_
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The data set
+# --- The data set ---------------------------------------------------------------------------------------------------
 
 
 def open_rows(data: str | Path, samples: int, seq_len: int = 2048, seed: int = 1234) -> Rows:
@@ -144,8 +143,7 @@ def fingerprint(rows: Rows) -> dict:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Commands: their docstrings are the text of --help
+# --- Commands (their docstrings are the text of --help) ---------------------------------------------------------------
 
 
 def run_prepare(args: argparse.Namespace) -> None:

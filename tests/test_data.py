@@ -54,7 +54,7 @@ def test_loader_equals_neox(golden, rank):
             if split == "train":
                 served = np.concatenate([batch(order, start + k, 16, 2, rank, 4) for k in range(3)])
             else:
-                # Validation and test count micro-steps. On resume, validation skips start * 2 // 3 * 2 of them, test skips none.
+                # Both count micro-steps. On resume, validation skips start * 2 // 3 * 2 of them; test skips none.
                 skipped = start * 2 // 3 * 2 if split == "valid" else 0
                 served = np.concatenate([batch(order, skipped + k, 8, 2, rank, 4) for k in range(4)])
             np.testing.assert_array_equal(served, expected)

@@ -164,7 +164,7 @@ def test_bad_bin(golden):
 
 
 def mutate(rng, raw, n):
-    """Return a hostile .idx: flipped bytes, another length, extreme fields, or wrong sizes and counts with right sums."""
+    """Return a hostile .idx: flipped bytes, another length, extreme fields, wrong sizes or counts with right sums."""
     raw = bytearray(raw)
     extremes = [0, 1, -1, n - 1, n + 1, 2**31 - 1, -(2**31), 2**31, 2**32, 2**63 - 1, -(2**63), 2**61, 3 * 2**60]
     kind = rng.integers(7)

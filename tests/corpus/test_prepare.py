@@ -360,7 +360,7 @@ def test_index_that_cannot_be_flushed_leaves_nothing(tmp_path, monkeypatch):
     (tmp_path / "in.txt").write_text("words")
 
     def full(descriptor, fsync=os.fsync):
-        if ".idx." in os.readlink(f"/proc/self/fd/{descriptor}"):
+        if ".idx." in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
             raise OSError(28, "No space left on device")
         fsync(descriptor)
 
@@ -374,14 +374,23 @@ def test_only_zst_files_need_zstandard(tmp_path):
     (tmp_path / "in.jsonl").write_text('{"text": "good"}\n')
     (tmp_path / "in.jsonl.zst").write_bytes(PACKED)
     code = "import sys; sys.modules['zstandard'] = None; import data; data.run_command(data.main)"
-    command = [sys.executable, "-c", code, "prepare", "--out", str(tmp_path / "out"), "--input"]
-    run = subprocess.run(
-        [*command, str(tmp_path / "in.jsonl.zst")], cwd=REPO, capture_output=True, text=True, timeout=60
-    )
-    assert_refused(run, "in.jsonl.zst: reading .zst needs the package zstandard")
+
+    def run(name):
+        command = [
+            sys.executable,
+            "-c",
+            code,
+            "prepare",
+            "--out",
+            str(tmp_path / "out"),
+            "--input",
+            str(tmp_path / name),
+        ]
+        return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=60)
+
+    assert_refused(run("in.jsonl.zst"), "in.jsonl.zst: reading .zst needs the package zstandard")
     assert not list(tmp_path.glob("*out*"))
-    run = subprocess.run([*command, str(tmp_path / "in.jsonl")], cwd=REPO, capture_output=True, text=True, timeout=60)
-    assert "1 documents, 5 tokens" in run.stdout
+    assert "1 documents, 5 tokens" in run("in.jsonl").stdout
 
 
 def test_interrupt_leaves_nothing(tmp_path):
