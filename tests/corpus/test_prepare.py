@@ -316,7 +316,7 @@ def test_bytes_across_chunks(tmp_path, monkeypatch):
                 prepare.prepare([tmp_path / "in.txt"], tmp_path / "out")
 
 
-def test_commands_refuse_in_one_line(tmp_path):
+def test_prepare_refuses_in_one_line(tmp_path):
     (tmp_path / "good.txt").write_text("good")
     (tmp_path / "bad.txt").write_bytes(b"\xff")
     (tmp_path / "taken.tokenizer.json").write_text("mine")
