@@ -1,15 +1,17 @@
-"""Megatron data sets on disk: PREFIX.idx with PREFIX.bin, or with shards read in place."""
+"""Megatron data sets on disk: PREFIX.idx with PREFIX.bin, or with shards that are read in place."""
 
 import glob
 import hashlib
 import re
 import struct
 import sys
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from runtime.errors import UserError
 
@@ -20,55 +22,46 @@ HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, n, m
 DTYPES = {code: np.dtype(name) for code, name in {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}.items()}
 
 
-def note(text: str) -> None:
+def print_note(text: str) -> None:
     print(f"note: {text}", file=sys.stderr, flush=True)
 
 
-def blocks(count: int, label: str, size: int = 1 << 20) -> Iterator[slice]:
-    """Slices of at most `size` that cover range(count), with a progress bar if they take long: what walks a file of
-    any length in these needs the memory of one of them."""
-    starts = range(0, count, size)
-    if len(starts) > 1:
-        from tqdm import tqdm
-
-        starts = tqdm(starts, desc=label, delay=2, leave=False, disable=None)
-    for start in starts:
+def block_slices(count: int, label: str, size: int = 1 << 20) -> Iterator[slice]:
+    """Yield slices of at most `size` that cover range(count), so that only one block is in memory at a time. A progress
+    bar appears after two seconds."""
+    for start in tqdm(range(0, count, size), desc=label, delay=2, leave=False, disable=None):
         yield slice(start, min(start + size, count))
 
 
 def sha256(arrays: list[np.ndarray], label: str) -> str:
-    """Hex digest over the bytes of contiguous arrays, one after the other."""
+    """Return the hex digest of the bytes of contiguous arrays, one after the other."""
     digest = hashlib.sha256()
     for array in arrays:
         raw = array.reshape(-1).view(np.uint8)
-        for part in blocks(len(raw), label, size=1 << 24):
-            digest.update(raw[part])
+        for block in block_slices(len(raw), label, size=1 << 24):
+            digest.update(raw[block])
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-
 def map_bytes(path: Path) -> np.ndarray:
-    """The bytes of a file [bytes], uint8, read-only and memory-mapped."""
+    """Memory-map a file, read-only: uint8 [bytes]. Raises UserError if it cannot be read."""
     try:
-        # An empty file cannot be mapped. Plain arrays, as slices of np.memmap are slow.
+        # An empty file cannot be mapped. A plain array, because slicing an np.memmap is slow.
         return np.asarray(np.memmap(path, np.uint8, "r")) if path.stat().st_size else np.empty(0, np.uint8)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
 
 
 def bin_files(prefix: Path) -> tuple[list[Path], str]:
-    """PREFIX.bin, or its shards in order; and a hint for the case that they turn out to hold too little.
+    """Return [PREFIX.bin] or its shards in order, and a hint for the error if they hold too few bytes.
 
-    Published sets put the number of the last shard into the names (00000-of-00020 .. 00020-of-00020), most tools the
-    number of shards (.. 00019-of-00020). Both are read; only the length tells them apart when the last is missing.
+    Published data sets put the number of the last shard into the names (00000-of-00020 .. 00020-of-00020), most tools
+    the number of shards (.. 00019-of-00020). Both are read. If the last shard is missing, only the length shows it.
     """
     whole = Path(f"{prefix}.bin")
     if whole.exists():
         return [whole], ""
-    shards: dict[int, dict[int, Path]] = {}
+    shards: dict[int, dict[int, Path]] = {}  # number after "-of-" -> number of the shard -> file
     for path in prefix.parent.glob(f"{glob.escape(prefix.name)}-*-of-*.bin"):
         if match := re.fullmatch(r"-(\d{5})-of-(\d{5})\.bin", path.name[len(prefix.name) :]):
             shards.setdefault(int(match[2]), {})[int(match[1])] = path
@@ -89,92 +82,97 @@ def bin_files(prefix: Path) -> tuple[list[Path], str]:
 class IndexedTokens:
     """A Megatron data set: PREFIX.idx with PREFIX.bin, or with shards PREFIX-00000-of-000NN.bin read in place.
 
-    Every field of the index is checked against the others and against the files; UserError says what does not fit.
+    Every field of the index is checked against the others and against the files. UserError names what does not fit.
 
     dtype      of the tokens
-    documents  how many (in GPT-NeoX "sequences"; in the Pile each document is one sequence)
-    sizes      [documents] int32, tokens in each
-    tokens     in all documents together
+    documents  their number (GPT-NeoX calls them sequences; in the Pile each document is one sequence)
+    marks      number of document marks; 1 in pre-shuffled data sets
+    sizes      [documents] int32, tokens of each document
+    tokens     their number, in all documents together
     """
 
     def __init__(self, prefix: str | Path):
-        self.prefix = prefix = Path(prefix)
-        self.index_file = index = Path(f"{prefix}.idx")
-        self.index = raw = map_bytes(index)
+        self.prefix, self.index_file = Path(prefix), Path(f"{prefix}.idx")
+        self.index = map_bytes(self.index_file)
+        self._read_header()
+        # The arrays start at byte 34, so these views are unaligned; numpy reads them correctly.
+        pointers_at, marks_at = HEADER.size + 4 * self.documents, HEADER.size + 12 * self.documents
+        self.sizes = self.index[HEADER.size : pointers_at].view("<i4")
+        self._pointers = self.index[pointers_at:marks_at].view("<i8")
+        self._marks = self.index[marks_at:].view("<i8")
+        self._count_tokens()
+        self._open_bin()
+        self._check_positions()
+
+    def _read_header(self) -> None:
+        index, raw = self.index_file, self.index
         if len(raw) < HEADER.size:
             raise UserError(f"{index}: {len(raw)} bytes are too few for a header of {HEADER.size}; fetch it again")
-        magic, version, code, count, marks = HEADER.unpack(raw[: HEADER.size].tobytes())
+        magic, version, code, self.documents, self.marks = HEADER.unpack(raw[: HEADER.size].tobytes())
         if magic != MAGIC:
-            raise UserError(f"{index}: byte 0: magic {magic!r} is not {MAGIC!r}; this is no Megatron/GPT-NeoX index")
+            raise UserError(f"{index}: byte 0: magic {magic!r} is not {MAGIC!r}; not a Megatron/GPT-NeoX index")
         if version != 1:
             raise UserError(f"{index}: byte 9: version {version}; only version 1 is known")
         if code not in DTYPES:
             raise UserError(f"{index}: byte 17: dtype code {code} is not one of the integer codes {[*DTYPES]}")
-        if marks < 1:
-            raise UserError(f"{index}: byte 26: no document marks, there is at least one; write the index again")
-        expected = HEADER.size + 12 * count + 8 * marks  # Python integers: nothing overflows
+        self.dtype = DTYPES[code]
+        if self.marks < 1:
+            raise UserError(f"{index}: byte 26: no document marks, at least one is needed; write the index again")
+        expected = HEADER.size + 12 * self.documents + 8 * self.marks  # Python integers do not overflow
         if len(raw) != expected:
             raise UserError(
-                f"{index}: {len(raw)} bytes, but counts ({count} sequences, {marks} document marks) need {expected}:"
-                " truncated or damaged; fetch it again"
+                f"{index}: {len(raw)} bytes, but counts ({self.documents} sequences, {self.marks} document marks)"
+                f" need {expected}: truncated or damaged; fetch it again"
             )
 
-        self.dtype, self.documents, self.marks = DTYPES[code], count, marks
-        # The arrays begin at byte 34, so these views are unaligned. numpy reads them all the same.
-        ends = HEADER.size + 4 * count, HEADER.size + 12 * count
-        self.sizes = raw[HEADER.size : ends[0]].view("<i4")
-        pointers, doc_idx = raw[ends[0] : ends[1]].view("<i8"), raw[ends[1] :].view("<i8")
-
+    def _count_tokens(self) -> None:
         self.tokens = 0
-        for part in blocks(count, "checking sizes"):
-            if (negative := self.sizes[part] < 0).any():
-                raise UserError(f"{index}: sequence {part.start + negative.argmax()} has a negative size; damaged")
-            self.tokens += int(self.sizes[part].sum(dtype=np.int64))
+        for block in block_slices(self.documents, "checking sizes"):
+            sizes = self.sizes[block]
+            if (negative := sizes < 0).any():
+                sequence = block.start + negative.argmax()
+                raise UserError(f"{self.index_file}: sequence {sequence} has a negative size; damaged, fetch it again")
+            self.tokens += int(sizes.sum(dtype=np.int64))
 
-        self.files, hint = bin_files(prefix)
+    def _open_bin(self) -> None:
+        self.files, hint = bin_files(self.prefix)
         self._shards = [map_bytes(path) for path in self.files]
-        self._starts = [0]  # byte of the data set at which each shard starts
-        for shard in self._shards:
-            self._starts.append(self._starts[-1] + len(shard))
-        excess = self._starts[-1] - self.tokens * self.dtype.itemsize
-        if excess:
-            what = f"{excess} bytes too long" if excess > 0 else f"truncated, {-excess} bytes are missing{hint}"
-            name = self.files[0] if len(self.files) == 1 else f"{prefix}-*.bin"
-            raise UserError(f"{name}: {what} ({index} says {self.tokens} tokens of {self.dtype.itemsize} bytes)")
+        self._starts = [0, *accumulate(map(len, self._shards))]  # first byte of each shard in the data set, and the end
+        width = self.dtype.itemsize
+        if excess := self._starts[-1] - self.tokens * width:
+            problem = f"{excess} bytes too long" if excess > 0 else f"truncated, {-excess} bytes are missing{hint}"
+            name = self.files[0] if len(self.files) == 1 else f"{self.prefix}-*.bin"
+            raise UserError(f"{name}: {problem} ({self.index_file} says {self.tokens} tokens of {width} bytes)")
 
-        begin = 0  # byte; no overflow below, as the sizes sum up to the length of a file
-        for part in blocks(count, "checking positions"):
-            steps = self.sizes[part].astype(np.int64) * self.dtype.itemsize
-            if (wrong := pointers[part] != begin + np.cumsum(steps) - steps).any():
-                raise UserError(f"{index}: position of sequence {part.start + wrong.argmax()} is not the sum of sizes")
-            begin += int(steps.sum())
-        self._pointers = pointers
+    def _check_positions(self) -> None:
+        index, begin = self.index_file, 0  # begin: byte of the data set; the sizes fit the files, so nothing overflows
+        for block in block_slices(self.documents, "checking positions"):
+            lengths = self.sizes[block].astype(np.int64) * self.dtype.itemsize
+            if (wrong := self._pointers[block] != begin + np.cumsum(lengths) - lengths).any():
+                sequence = block.start + wrong.argmax()
+                raise UserError(f"{index}: position of sequence {sequence} is not the sum of the sizes before it")
+            begin += int(lengths.sum())
 
-        # Pre-shuffled sets were written without ending a document: their only mark is the first.
-        if doc_idx[0] != 0 or (marks > 1 and doc_idx[-1] != count):
-            raise UserError(f"{index}: document marks do not run from 0 to {count}; damaged, fetch it again")
-        for part in blocks(marks, "checking documents"):
-            seen = doc_idx[max(part.start - 1, 0) : part.stop]
-            if (seen[1:] < seen[:-1]).any():
-                raise UserError(f"{index}: document marks go backwards near {part.start}; damaged, fetch it again")
+        # The writer of the pre-shuffled data sets never ended a document, so they have only the first mark.
+        if self._marks[0] != 0 or (self.marks > 1 and self._marks[-1] != self.documents):
+            raise UserError(f"{index}: document marks do not run from 0 to {self.documents}; damaged, fetch it again")
+        for block in block_slices(self.marks, "checking documents"):
+            marks = self._marks[max(block.start - 1, 0) : block.stop]
+            if (marks[1:] < marks[:-1]).any():
+                raise UserError(f"{index}: document marks go backwards near {block.start}; damaged, fetch it again")
 
     def read(self, position: int, count: int) -> np.ndarray:
-        """Tokens [count] from `position` of all documents end to end, across shards. IndexError outside the data."""
+        """Return tokens [count] from `position` in the tokens of all documents. Raises IndexError outside the data."""
         if position < 0 or count < 0 or position + count > self.tokens:
             raise IndexError(f"tokens {position} to {position + count} of {self.tokens}")
-        # In bytes, as a shard may end within a token (published ones end within rows).
+        # Count bytes, because a shard can end within a token (published shards end within rows).
         begin, end = position * self.dtype.itemsize, (position + count) * self.dtype.itemsize
-        out = np.empty(end - begin, np.uint8)
-        shard, filled = bisect_right(self._starts, begin) - 1, 0
-        while filled < len(out):
-            part = self._shards[shard][begin + filled - self._starts[shard] :][: len(out) - filled]
-            out[filled : filled + len(part)] = part
-            filled += len(part)
-            shard += 1
-        return out.view(self.dtype)
+        first, stop = bisect_right(self._starts, begin) - 1, bisect_left(self._starts, end)  # the shards to read
+        parts = [self._shards[k][max(begin - self._starts[k], 0) : end - self._starts[k]] for k in range(first, stop)]
+        return np.concatenate([np.empty(0, np.uint8), *parts]).view(self.dtype)
 
     def start(self, document: int) -> int:
-        """The position, in tokens, at which a document starts."""
+        """Return the position, in tokens, at which a document starts."""
         return int(self._pointers[document]) // self.dtype.itemsize
 
     def index_sha256(self) -> str:

@@ -11,39 +11,39 @@ from torch import Tensor
 
 
 def row_digests(batch: np.ndarray) -> np.ndarray:
-    """sha256 of every row of [..., seq_len + 1] tokens as stored, little-endian: uint8 [..., 32]."""
+    """Return the sha256 of every row of [..., seq_len + 1] tokens, as stored (little-endian): uint8 [..., 32]."""
     rows = batch.astype(batch.dtype.newbyteorder("<"), copy=False).reshape(-1, batch.shape[-1])
     digests = b"".join(hashlib.sha256(row.tobytes()).digest() for row in rows)
     return np.frombuffer(digests, dtype=np.uint8).reshape(*batch.shape[:-1], 32).copy()
 
 
 def digest(row_digests: np.ndarray) -> str:
-    """Hex digest of a batch, of the digests of its rows in their order: each rank can hash what it has."""
+    """Return the sha256 of the concatenated row digests, so that each rank hashes only its own rows."""
     return hashlib.sha256(row_digests.tobytes()).hexdigest()
 
 
 def batch_sha256(batch: np.ndarray) -> str:
-    """Hex digest of a whole batch [..., seq_len + 1]."""
+    """Return the hex digest of a whole batch [..., seq_len + 1], as metrics.jsonl records it."""
     return digest(row_digests(batch))
 
 
 class Batch(NamedTuple):
     tokens: Tensor  # [micro_steps, micro_batch, seq_len + 1] int64, on the device
-    digests: Tensor  # [micro_steps, micro_batch, 32] uint8: sha256 of every row
-    copied: torch.cuda.Event | None
+    digests: Tensor  # [micro_steps, micro_batch, 32] uint8, on the CPU: sha256 of every row
+    copied: torch.cuda.Event | None  # recorded after the copy to a GPU
 
 
 class Loader:
-    """This rank's rows of one step after the other, on its device. They are read, checked and copied one step ahead, by
-    a thread, while the device works on the step before.
+    """Reads the rows of the steps start .. stop - 1 and copies them to the device.
 
-    read: step -> rows [micro_steps, micro_batch, seq_len + 1]. What it raises, next() raises in its turn.
+    A thread reads one step ahead while the device computes. `read` returns the rows of a step,
+    [micro_steps, micro_batch, seq_len + 1]. An exception in it is raised again by next().
     """
 
     def __init__(self, read: Callable[[int], np.ndarray], start: int, stop: int, device: torch.device):
         self.read, self.steps, self.device = read, iter(range(start, stop)), device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.thread = ThreadPoolExecutor(1, "feed")
+        self.thread = ThreadPoolExecutor(1, "loader")
         self._read_ahead()
 
     def __enter__(self) -> "Loader":
@@ -52,11 +52,21 @@ class Loader:
     def __exit__(self, *exception) -> None:
         self.thread.shutdown()
 
+    def next(self) -> Batch:
+        """Return the batch of the next step, and start to read the one after it."""
+        batch = self._next.result()
+        self._read_ahead()
+        if batch.copied:
+            batch.copied.wait()
+            # The allocator must not reuse this memory before the current stream has read it.
+            batch.tokens.record_stream(torch.cuda.current_stream())
+        return batch
+
     def _read_ahead(self) -> None:
         step = next(self.steps, None)
-        self._next = None if step is None else self.thread.submit(self._batch, step)
+        self._next = None if step is None else self.thread.submit(self._load, step)
 
-    def _batch(self, step: int) -> Batch:
+    def _load(self, step: int) -> Batch:
         rows = self.read(step)
         tokens, digests = torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(row_digests(rows))
         if not self.stream:
@@ -64,12 +74,3 @@ class Loader:
         with torch.cuda.stream(self.stream):
             tokens = tokens.pin_memory().to(self.device, non_blocking=True)
         return Batch(tokens, digests, self.stream.record_event())
-
-    def next(self) -> Batch:
-        """The next batch."""
-        batch = self._next.result()
-        self._read_ahead()
-        if batch.copied:
-            batch.copied.wait()
-            batch.tokens.record_stream(torch.cuda.current_stream())
-        return batch

@@ -1,4 +1,4 @@
-"""The published order: index maps of GPT-NeoX v1.0, and the rows that they serve."""
+"""The published order: the index maps of GPT-NeoX v1.0, and the rows that they select."""
 
 import errno
 import hashlib
@@ -10,40 +10,40 @@ from pathlib import Path
 
 import numpy as np
 
-from corpus.indexed import IndexedTokens, blocks, note, sha256
+from corpus.indexed import IndexedTokens, block_slices, print_note, sha256
 from runtime.errors import UserError
 
-CACHE_FORMAT = 1
 MAPS = ("doc_idx", "sample_idx", "shuffle_idx")
+CACHE_FORMAT = 1
 
 
 def index_maps(sizes: np.ndarray, epochs: int, seq_len: int, seed: int) -> dict[str, np.ndarray]:
-    """The three maps of GPT-NeoX v1.0 over documents of these sizes [documents], of T tokens in all.
+    """Compute the three maps of GPT-NeoX v1.0 from the document sizes [documents], whose sum is T tokens.
 
     doc_idx      [epochs * documents]  int32   the documents of all epochs, shuffled once and together
-    sample_idx   [N + 1, 2]            int32   where each row of the stream starts: (place in doc_idx, offset in tokens)
+    sample_idx   [N + 1, 2]            int32   where each row of the stream starts: (index in doc_idx, offset in tokens)
     shuffle_idx  [N]                   uint32  row as served -> row of the stream;    N = (epochs * T - 1) // seq_len
 
-    NeoX builds sample_idx in a loop over all tokens. Row k starts at token k * seq_len of the stream, thus in the first
-    document that ends beyond it: a cumulative sum and a search. Empty documents are skipped by the search (the first
-    row starts at (0, 0) even so), and a row which starts where a document ends starts the next one.
+    NeoX builds sample_idx in a loop over all tokens; a cumulative sum and a search give the same. Row k starts at token
+    k * seq_len of the stream, which lies in the first document that ends after it. So empty documents are skipped, and
+    a row that starts where a document ends starts in the next one. Only row 0 starts at (0, 0) in any case.
     """
-    rng = np.random.RandomState(seed)  # the legacy generator; its shuffle is part of the published order
+    rng = np.random.RandomState(seed)  # the legacy generator: its shuffle defines the published order
     doc_idx = np.tile(np.arange(len(sizes), dtype=np.int32), epochs)
     rng.shuffle(doc_idx)
 
     rows = (epochs * int(sizes.sum(dtype=np.int64)) - 1) // seq_len
-    # int64 where gpt-neox has it: beyond 2^31 entries, which v1.0 could not do.
+    # int64 where later versions of GPT-NeoX have it: v1.0 fails beyond 2^31 entries.
     sample_idx = np.zeros((rows + 1, 2), np.int32 if 2 * (rows + 1) < 2**31 - 1 else np.int64)
     begin = 0  # token of the stream at which this block of documents starts
-    for part in blocks(len(doc_idx), "cutting the stream into rows"):
-        size = sizes[doc_idx[part]].astype(np.int64)
-        ends = begin + np.cumsum(size)
-        first, beyond = -(-begin // seq_len), min(rows, (int(ends[-1]) - 1) // seq_len) + 1  # the rows starting here
-        starts = np.arange(first, beyond) * seq_len
-        place = np.searchsorted(ends, starts, side="right")
-        sample_idx[first:beyond, 0] = part.start + place
-        sample_idx[first:beyond, 1] = starts - (ends[place] - size[place])
+    for block in block_slices(len(doc_idx), "cutting the stream into rows"):
+        lengths = sizes[doc_idx[block]].astype(np.int64)
+        ends = begin + np.cumsum(lengths)
+        first, stop = -(-begin // seq_len), min(rows, (int(ends[-1]) - 1) // seq_len) + 1  # the rows that start here
+        starts = np.arange(first, stop) * seq_len
+        document = np.searchsorted(ends, starts, side="right")  # of this block
+        sample_idx[first:stop, 0] = block.start + document
+        sample_idx[first:stop, 1] = starts - (ends[document] - lengths[document])
         begin = int(ends[-1])
     sample_idx[0] = 0
 
@@ -52,59 +52,61 @@ def index_maps(sizes: np.ndarray, epochs: int, seq_len: int, seed: int) -> dict[
     return dict(zip(MAPS, (doc_idx, sample_idx, shuffle_idx)))
 
 
-def array_fingerprint(array: np.ndarray) -> dict:
+# The cache: a directory with the three maps and order.json, which stores the request and a checksum of each map
+
+
+def describe(array: np.ndarray) -> dict:
     return {"dtype": array.dtype.str, "shape": [*array.shape], "sha256": sha256([array], "hashing the order")}
 
 
-def load_maps(cache: Path, facts: dict) -> tuple[dict[str, np.ndarray], dict] | None:
-    """Maps [memory-mapped] and their fingerprints, if the cache is whole and was built from these facts. Else None, and
-    nothing is left in the way of a new one."""
+def load_maps(cache: Path, request: dict) -> tuple[dict[str, np.ndarray], dict] | None:
+    """Return the memory-mapped maps and their descriptions. If they are damaged or answer another request, delete the
+    cache and return None."""
     try:
         if not cache.exists():
             return None
         stored = json.loads((cache / "order.json").read_text())
-        if stored["facts"] != facts:
+        if stored["facts"] != request:
             raise ValueError("built from other data or by another version")
-        maps = {}
-        for name, written in stored["arrays"].items():
-            maps[name] = np.load(cache / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-            if array_fingerprint(maps[name]) != written:
+        maps = {name: np.load(cache / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in MAPS}
+        for name in MAPS:
+            if describe(maps[name]) != stored["arrays"][name]:
                 raise ValueError(f"{name}.npy has changed since it was written")
-        return {name: maps[name] for name in MAPS}, stored["arrays"]
-    except Exception as error:  # whatever is wrong with a cache, the cure is the same
-        note(f"{cache}: of no use ({error}); building the order again")
+        return maps, stored["arrays"]
+    except Exception as error:  # whatever is wrong with a cache, building it again repairs it
+        print_note(f"{cache}: unusable ({error}); building the order again")
         shutil.rmtree(cache, ignore_errors=True)
         return None
 
 
-def save_maps(cache: Path, facts: dict, maps: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict]:
-    """Write the cache under another name and rename it, so that it is whole or absent. Returns what load_maps would,
-    memory-mapped if the cache could be written."""
-    prints = {name: array_fingerprint(array) for name, array in maps.items()}
-    building = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
+def save_maps(cache: Path, request: dict, maps: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict]:
+    """Write the cache under a temporary name and rename it, so that it is complete or absent. Returns the same as
+    load_maps; the maps stay in memory if the cache cannot be written."""
+    arrays = {name: describe(array) for name, array in maps.items()}
+    temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
     try:
-        building.mkdir()
+        temporary.mkdir()
         for name, array in maps.items():
-            np.save(building / f"{name}.npy", array, allow_pickle=False)
-        (building / "order.json").write_text(json.dumps({"facts": facts, "arrays": prints}, indent=1))
-        building.rename(cache)
+            np.save(temporary / f"{name}.npy", array, allow_pickle=False)
+        (temporary / "order.json").write_text(json.dumps({"facts": request, "arrays": arrays}, indent=1))
+        temporary.rename(cache)
     except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # these: another process was faster, with the same maps
-            note(f"the order stays in memory, as {cache} cannot be written ({error.strerror})")
-            return maps, prints
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # these two: another process has written the same maps
+            print_note(f"the order stays in memory, because {cache} cannot be written ({error.strerror})")
+            return maps, arrays
     finally:
-        shutil.rmtree(building, ignore_errors=True)
-    return load_maps(cache, facts) or (maps, prints)
+        shutil.rmtree(temporary, ignore_errors=True)
+    return load_maps(cache, request) or (maps, arrays)
 
 
 class Order:
     """The rows of PREFIX in the published order, with enough epochs for `samples` rows.
 
-    order[i] is row i as served, [seq_len + 1] tokens in the data's dtype (Pythia: uint16). As published, the set is one
-    short: the last entry of shuffle_idx is never served. The number of samples matters only through that of epochs:
-    the smallest that holds them. UserError for a request that cannot be met.
+    order[i] is row i as served: [seq_len + 1] tokens in the dtype of the data (Pythia: uint16). As published, the last
+    entry of shuffle_idx is never served. `samples` matters only through the number of epochs, the smallest that has
+    enough rows. Raises UserError for an impossible request.
 
-    The maps are kept beside the data, in PREFIX.order-*/, and read back if their checksums are right.
+    The maps are stored beside the data, in PREFIX.order-*/, and read from there if their checksums are right.
     """
 
     def __init__(self, prefix: str | Path, samples: int, seq_len: int = 2048, seed: int = 1234):
@@ -120,43 +122,41 @@ class Order:
             raise UserError(f"{index}: {tokens} tokens make no row of {seq_len + 1}; add text or lower --seq-len")
         if self.data.marks == 1 and (self.data.sizes == seq_len + 1).all():
             raise UserError(f"{index}: rows shuffled already; give the directory of document.idx as --data")
-        self.epochs = -(-(samples * seq_len + 1) // tokens)
-        if self.epochs * documents > 2**31 - 1:
-            raise UserError(f"{index}: {self.epochs} epochs of {documents} documents are more than 2^31; lower --steps")
+        self.epochs = epochs = -(-(samples * seq_len + 1) // tokens)
+        if epochs * documents > 2**31 - 1:
+            raise UserError(f"{index}: {epochs} epochs of {documents} documents are more than 2^31; lower --steps")
 
         digest = self.data.index_sha256()
-        facts = {"format": CACHE_FORMAT, "index_sha256": digest, "epochs": self.epochs}
-        facts |= {"seq_len": seq_len, "seed": seed}
-        key = f"{self.epochs}epochs-{seq_len}len-{seed}seed-{digest[:12]}"
-        cache = index.with_name(f"{self.data.prefix.name}.order-{key}")
-        loaded = load_maps(cache, facts)
+        request = {"format": CACHE_FORMAT, "index_sha256": digest, "epochs": epochs, "seq_len": seq_len, "seed": seed}
+        cache = Path(f"{prefix}.order-{epochs}epochs-{seq_len}len-{seed}seed-{digest[:12]}")
+        loaded = load_maps(cache, request)
         if loaded is None:
-            if (rows := self.epochs * tokens // seq_len) > 10_000_000:
-                note(f"building an order of {rows:,} rows, once: {cache}")
+            if (rows := epochs * tokens // seq_len) > 10_000_000:
+                print_note(f"building the order of {rows:,} rows, only this time: {cache}")
             try:
-                maps = index_maps(self.data.sizes, self.epochs, seq_len, seed)
+                maps = index_maps(self.data.sizes, epochs, seq_len, seed)
             except MemoryError:
-                raise UserError(f"{index}: no memory for an order of {self.epochs} epochs; lower --steps") from None
-            loaded = save_maps(cache, facts, maps)
-        maps, prints = loaded
+                raise UserError(f"{index}: no memory for an order of {epochs} epochs; lower --steps") from None
+            loaded = save_maps(cache, request, maps)
+        maps, arrays = loaded
         self.doc_idx, self.sample_idx, self.shuffle_idx = (maps[name] for name in MAPS)
-        # Of the three digests in this order, so that each array is read only once.
-        self.sha256 = hashlib.sha256(b"".join(bytes.fromhex(prints[name]["sha256"]) for name in MAPS)).hexdigest()
+        # A hash of three hashes, because hashing the maps again would read them again.
+        self.sha256 = hashlib.sha256(b"".join(bytes.fromhex(arrays[name]["sha256"]) for name in MAPS)).hexdigest()
 
     def __len__(self) -> int:
         return len(self.shuffle_idx) - 1
 
     def pieces(self, i: int) -> list[tuple[int, int, int]]:
-        """What row i is made of: (document, offset of the first token in it, tokens), in the order of reading."""
+        """Return the pieces of documents that row i consists of: [(document, offset in tokens, number of tokens)]."""
         i = operator.index(i)
-        if not 0 <= i < len(self):
+        if not 0 <= i < len(self):  # negative indices do not count from the end
             raise IndexError(f"row {i} of {len(self)}")
         row = int(self.shuffle_idx[i])
         (first, offset), (last, end) = self.sample_idx[row : row + 2].tolist()
         pieces = []
-        for place in range(first, last + 1):
-            document = int(self.doc_idx[place])
-            stop = end + 1 if place == last else int(self.data.sizes[document])  # + 1: the target of the last token
+        for k in range(first, last + 1):
+            document = int(self.doc_idx[k])
+            stop = end + 1 if k == last else int(self.data.sizes[document])  # + 1: the target of the last token
             if stop > offset:
                 pieces.append((document, offset, stop - offset))
             offset = 0
@@ -170,29 +170,23 @@ class Order:
 class ShuffledRows:
     """The rows of a pre-shuffled directory: document.idx with document.bin or document-00000-of-000NN.bin, in place.
 
-    rows[i] is [seq_len + 1] tokens; all rows are served. UserError if the rows have another length.
+    rows[i] is [seq_len + 1] tokens; all rows are served. Raises UserError if a row has another length.
     """
 
     def __init__(self, directory: str | Path, seq_len: int = 2048):
         self.data, self.seq_len = IndexedTokens(Path(directory) / "document"), seq_len
-        sizes = self.data.sizes
-        for part in blocks(len(sizes), "checking rows"):
-            if (wrong := sizes[part] != seq_len + 1).any():
-                row = part.start + int(wrong.argmax())
-                raise UserError(
-                    f"{self.data.index_file}: row {row} has {sizes[row]} tokens, not {seq_len + 1};"
-                    f" these are no rows of --seq-len {seq_len}"
-                )
+        index, sizes = self.data.index_file, self.data.sizes
+        for block in block_slices(len(sizes), "checking rows"):
+            if (wrong := sizes[block] != seq_len + 1).any():
+                row = block.start + int(wrong.argmax())
+                raise UserError(f"{index}: row {row} has {sizes[row]} tokens, not {seq_len + 1}; change --seq-len")
         self.sha256 = self.data.index_sha256()
 
     def __len__(self) -> int:
         return self.data.documents
 
     def __getitem__(self, i: int) -> np.ndarray:
-        i = operator.index(i)
-        if not 0 <= i < len(self):
-            raise IndexError(f"row {i} of {len(self)}")
-        return self.data.read(i * (self.seq_len + 1), self.seq_len + 1)
+        return self.data.read(operator.index(i) * (self.seq_len + 1), self.seq_len + 1)
 
 
 Rows = Order | ShuffledRows

@@ -1,8 +1,7 @@
-"""Text -> PREFIX.bin, PREFIX.idx, PREFIX.tokenizer.json, in memory that does not depend on how much text there is.
+"""Text -> PREFIX.bin, PREFIX.idx, PREFIX.tokenizer.json, in memory that does not depend on the amount of text.
 
-How text travels: file -> documents -> chunks of a document -> pieces cut where no token can lie across -> groups of
-pieces encoded on all cores -> ids, with id 0 after each document, as Pythia's data has it (encode, append
-<|endoftext|>, nothing in front).
+How text travels: file -> documents -> chunks of a document -> pieces, cut where no token can cross -> groups of pieces,
+encoded on all cores -> ids. Id 0 (<|endoftext|>) follows each document, as in Pythia's data; nothing precedes it.
 """
 
 import codecs
@@ -17,45 +16,47 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import zstandard
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from corpus.indexed import DTYPES, HEADER, MAGIC, IndexedTokens
 from corpus.tokenizer import END_OF_TEXT, byte_tokenizer, can_cut, load_tokenizer
 from runtime.errors import UserError
+from runtime.files import atomic_write
 
-CHUNK = 1 << 17  # bytes read, or characters of a document looked at, at once
-GROUP = 1 << 20  # characters encoded at once; an encoded character can take 100 bytes until it is written
+CHUNK = 1 << 17  # bytes to read at once, or characters of a document to search for a cut at once
+GROUP = 1 << 20  # characters to encode at once; an encoded character can take 100 bytes of memory
 INDEX_BLOCK = 1 << 20  # documents
 
 DEMO_BYTES = 8_000_000
-# Tests, what is not the library's own, packages that some installations lack, and long generated tables.
+# Tests, packages of others, modules that some installations lack, and long generated tables.
 DEMO_WITHOUT = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo", "ensurepip"}
 DEMO_WITHOUT |= {"encodings", "pydoc_data", "__pycache__"}
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
+# --- Reading text -----------------------------------------------------------------------------------------------------
 
 
 def read_text(path: Path, file: BinaryIO) -> Iterator[str]:
-    """A whole file as one document, in chunks."""
+    """Yield a whole file as the chunks of one document."""
     decoder, start = codecs.getincrementaldecoder("utf-8")(), 0
     while True:
         chunk = file.read(CHUNK)
-        held = len(decoder.getstate()[0])  # bytes of a character that the last chunk cut
+        pending = len(decoder.getstate()[0])  # bytes of a character that began in the last chunk
         try:
             yield decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
-            raise UserError(f"{path}: byte {start - held + error.start} is not UTF-8; convert the file") from None
+            raise UserError(f"{path}: byte {start - pending + error.start} is not UTF-8; convert the file") from None
         if not chunk:
             return
         start += len(chunk)
 
 
 def zst_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    """Lines of a .zst of any number of frames. Unlike zstandard's own reader, says when the file ends too early."""
+    """Yield the lines of a .zst file with any number of frames. (zstandard's own reader ignores a truncated end.)"""
+    try:
+        import zstandard
+    except ImportError:
+        raise UserError(f"{path}: reading .zst needs the package zstandard; pip install zstandard") from None
     rest, frame = b"", None
     try:
         while chunk := file.read(CHUNK):
@@ -74,44 +75,43 @@ def zst_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
 
 
 def read_jsonl(path: Path, lines: Iterable[bytes]) -> Iterator[str]:
-    """The documents of a .jsonl."""
+    """Yield the documents of a .jsonl file."""
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             text = json.loads(line.decode())["text"]
-            text.encode()  # json lets halves of surrogate pairs through, which are no text
+            text.encode()  # fails for half of a surrogate pair, which json accepts
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise UserError(f'{path}: line {number} is not {{"text": "..."}} in UTF-8; correct or remove it') from None
         yield text
 
 
 def documents(path: Path, file: BinaryIO) -> Iterator[Iterable[str]]:
-    """The documents of a file, each as chunks of text."""
+    """Yield the documents of a file, each as chunks of text."""
     if path.name.endswith((".jsonl", ".jsonl.zst")):
-        lines = zst_lines(path, file) if path.suffix == ".zst" else file
-        for text in read_jsonl(path, lines):
+        for text in read_jsonl(path, zst_lines(path, file) if path.suffix == ".zst" else file):
             yield (text[start : start + CHUNK] for start in range(0, len(text), CHUNK))
     else:
         yield read_text(path, file)
 
 
 def pieces(chunks: Iterable[str], cut: bool) -> Iterator[tuple[str, bool]]:
-    """A document as (piece, whether it is the last); nothing if the document is empty."""
-    held, last = [], ""  # `last` is not cut before it is known that more text follows
+    """Yield a document as (piece, whether it is the last piece); nothing if the document is empty."""
+    uncut, last = [], ""  # `last` is searched for a cut only when more text follows
     for chunk in chunks:
         match = re.match(r".*\S(?=[ \n])", last, re.DOTALL) if cut else None
         if match:
-            yield "".join([*held, match[0]]), False
-            held, last = [], last[match.end() :]
-        held.append(last)
+            yield "".join([*uncut, match[0]]), False
+            uncut, last = [], last[match.end() :]
+        uncut.append(last)
         last = chunk
-    if text := "".join([*held, last]):
+    if text := "".join([*uncut, last]):
         yield text, True
 
 
-class WatchedFile(io.FileIO):
-    """A file (or pipe) that moves a progress bar as it is read."""
+class ProgressFile(io.FileIO):
+    """A file (or pipe) that moves a progress bar when it is read."""
 
     def __init__(self, path: Path, bar: tqdm):
         super().__init__(path)
@@ -124,12 +124,12 @@ class WatchedFile(io.FileIO):
 
 
 def groups(inputs: list[Path], cut: bool) -> Iterator[list[tuple[str, bool]]]:
-    """The pieces of all documents in groups of about GROUP characters, with a progress bar over the bytes read."""
+    """Yield the pieces of all documents in groups of about GROUP characters. A progress bar counts the bytes read."""
     group, characters = [], 0
     total = sum(path.stat().st_size for path in inputs)
     with tqdm(total=total, unit="B", unit_scale=True, desc="preparing", disable=None, leave=False) as bar:
         for path in inputs:
-            with io.BufferedReader(WatchedFile(path, bar), CHUNK) as file:
+            with io.BufferedReader(ProgressFile(path, bar), CHUNK) as file:
                 for document in documents(path, file):
                     for piece, last in pieces(document, cut):
                         group.append((piece, last))
@@ -140,14 +140,33 @@ def groups(inputs: list[Path], cut: bool) -> Iterator[list[tuple[str, bool]]]:
     yield group
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
+# --- Writing tokens ---------------------------------------------------------------------------------------------------
+
+
+def write_tokens(bin: BinaryIO, idx: BinaryIO, tokenizer: Tokenizer, inputs: list[Path], dtype: np.dtype) -> int:
+    """Encode all inputs into a .bin and an .idx. Returns the number of documents."""
+    idx.write(bytes(HEADER.size))
+    size = 0  # tokens of the current document, which may have begun in an earlier group
+    for group in groups(inputs, can_cut(tokenizer)):
+        encoded = tokenizer.encode_batch_fast([piece for piece, _ in group], add_special_tokens=False)
+        sizes = []
+        for (_, last), encoding in zip(group, encoded):
+            ids = np.array(encoding.ids + [0] * last, dtype)
+            bin.write(ids.tobytes())
+            size += len(ids)
+            if last:
+                sizes.append(size)
+                size = 0
+        if max(sizes, default=0) > 2**31 - 1:
+            raise UserError(f"a document of {max(sizes)} tokens is too long for the format; split it")
+        idx.write(np.array(sizes, "<i4").tobytes())
+    return finish_index(idx, dtype)
 
 
 def finish_index(file: BinaryIO, dtype: np.dtype) -> int:
-    """Complete an .idx of which there is a gap for the header and the sizes; returns the number of documents.
+    """Complete an .idx that has space for the header, then the sizes. Returns the number of documents.
 
-    Each document is one sequence, so the marks are 0 .. n. Block by block, as sizes may be more than fit into memory.
+    Each document is one sequence, so the marks are 0 .. n. Works in blocks, because the sizes may not fit into memory.
     """
     n = (file.seek(0, os.SEEK_END) - HEADER.size) // 4
     begin = 0  # byte of the .bin
@@ -167,53 +186,25 @@ def finish_index(file: BinaryIO, dtype: np.dtype) -> int:
     return n
 
 
-def write_tokens(bin: BinaryIO, idx: BinaryIO, tokenizer: Tokenizer, inputs: list[Path], dtype: np.dtype) -> int:
-    """Encode all inputs into a .bin and an .idx; returns the number of documents."""
-    idx.write(bytes(HEADER.size))
-    size = 0  # tokens so far of a document that may have begun in an earlier group
-    for group in groups(inputs, can_cut(tokenizer)):
-        encoded = tokenizer.encode_batch_fast([piece for piece, _ in group], add_special_tokens=False)
-        sizes = []
-        for (_, last), encoding in zip(group, encoded):
-            ids = np.array(encoding.ids + [0] * last, dtype)
-            bin.write(ids.tobytes())
-            size += len(ids)
-            if last:
-                sizes.append(size)
-                size = 0
-        if max(sizes, default=0) > 2**31 - 1:
-            raise UserError(f"a document of {max(sizes)} tokens is too long for the format; split it")
-        idx.write(np.array(sizes, "<i4").tobytes())
-    return finish_index(idx, dtype)
-
-
 def prepare(
     inputs: list[str | Path], out: str | Path, tokenizer: str | Path | None = None, workers: int | None = None
 ) -> IndexedTokens:
-    """Write inputs as the data set `out`: PREFIX.bin, PREFIX.idx, PREFIX.tokenizer.json. Returns it as read back.
+    """Write the inputs as PREFIX.bin, PREFIX.idx, PREFIX.tokenizer.json, where PREFIX is `out`. Returns the data set.
 
-    inputs     .jsonl and .jsonl.zst with one {"text": ...} a line; any other file is one document; no empty ones
+    inputs     .jsonl and .jsonl.zst files have one {"text": ...} per line; any other file is one document
     tokenizer  a tokenizer.json with <|endoftext|> as id 0; None: byte_tokenizer()
     workers    threads that encode; None: one per core
 
-    The files appear when they are whole, the index last; nothing is overwritten. UserError for what cannot be used.
+    Empty documents are left out. The files appear when they are complete, the index last; nothing is overwritten.
+    Raises UserError for unusable arguments and inputs.
     """
     inputs = [Path(path) for path in inputs]
-    names = [Path(f"{out}{suffix}") for suffix in (".tokenizer.json", ".bin", ".idx")]
-    for path in names:
-        if path.exists():
-            raise UserError(f"{path} exists; choose another --out or delete it")
-    if not names[0].parent.is_dir():
-        raise UserError(f"{names[0].parent} is not a directory; create it first")
-    for path in inputs:
-        if path.is_dir():
-            raise UserError(f"{path} is a directory; name the files in it")
-        if not path.exists():
-            raise UserError(f"{path}: no such file")
+    outputs = tokenizer_path, bin_path, idx_path = [Path(f"{out}{end}") for end in (".tokenizer.json", ".bin", ".idx")]
+    check_paths(inputs, outputs)
     if workers is not None:
         if workers < 1:
             raise UserError(f"--workers {workers} must be at least 1")
-        os.environ["RAYON_NUM_THREADS"] = str(workers)  # read by tokenizers at its first use in this process
+        os.environ["RAYON_NUM_THREADS"] = str(workers)  # tokenizers reads it when it first encodes in this process
 
     encoder = load_tokenizer(tokenizer) if tokenizer else byte_tokenizer()
     if encoder.id_to_token(0) != END_OF_TEXT:
@@ -222,34 +213,45 @@ def prepare(
     encoder.no_padding()
     encoder.no_truncation()
     vocab = max(encoder.get_vocab().values()) + 1
-    dtype = np.dtype("<u2" if vocab < 65500 else "<i4")  # GPT-NeoX v1.0's rule
+    dtype = np.dtype("<u2" if vocab < 65500 else "<i4")  # the rule of GPT-NeoX v1.0
 
-    building = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in names]
     try:
-        with open(building[0], "wb") as tokens_of, open(building[1], "wb") as bin, open(building[2], "w+b") as idx:
-            tokens_of.write(text.encode())
+        # The index is opened first and so renamed last.
+        with atomic_write(idx_path, "w+b") as idx, atomic_write(bin_path) as bin, atomic_write(tokenizer_path) as copy:
+            copy.write(text.encode())
             if not write_tokens(bin, idx, encoder, inputs, dtype):
                 raise UserError(f"{', '.join(map(str, inputs))}: no text in there; nothing was written")
-            for file in (tokens_of, bin, idx):
+            for file in (idx, bin, copy):  # if the disk is full, fail before the first file is renamed
                 file.flush()
                 os.fsync(file.fileno())
-        for temporary, path in zip(building, names):
-            temporary.rename(path)
     except OSError as error:
         raise UserError(f"{error.filename or out}: {error.strerror}; nothing was written") from None
-    finally:
-        for temporary in building:
-            temporary.unlink(missing_ok=True)
     return IndexedTokens(out)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The demo corpus
+def check_paths(inputs: list[Path], outputs: list[Path]) -> None:
+    """Raise UserError if an output exists or has no directory, or if an input is not a file (or a pipe)."""
+    for path in outputs:
+        if path.exists():
+            raise UserError(f"{path} exists; choose another --out or delete it")
+    if not outputs[0].parent.is_dir():
+        raise UserError(f"{outputs[0].parent} is not a directory; create it first")
+    for path in inputs:
+        if path.is_dir():
+            raise UserError(f"{path} is a directory; name the files in it")
+        if not path.exists():
+            raise UserError(f"{path}: no such file")
+
+
+# --- The demo corpus --------------------------------------------------------------------------------------------------
 
 
 def demo(directory: str | Path = "runs") -> Path:
-    """The prefix of the demo corpus, built at its first use: the source of this Python's standard library, a token a
-    byte, each file a document. Real text that is on every machine. UserError if it is not on this one."""
+    """Return the prefix of the demo corpus, and build it at the first use. It is the source code of this Python's
+    standard library: real text that every machine has, one token per byte, one document per file.
+
+    Raises UserError if the source code is missing or the corpus cannot be written.
+    """
     prefix = Path(directory) / "demo"
     if Path(f"{prefix}.idx").exists():
         return prefix

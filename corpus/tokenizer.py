@@ -1,4 +1,4 @@
-"""Tokenizers: Pythia's without its merges, and tokenizer.json files."""
+"""Tokenizers: that of Pythia without its merges, and tokenizer.json files."""
 
 import json
 import re
@@ -12,13 +12,13 @@ END_OF_TEXT = "<|endoftext|>"  # id 0 in all of Pythia's data
 
 
 def byte_tokenizer() -> Tokenizer:
-    """The GPT-NeoX-20B tokenizer of Pythia without its merges, built from nothing: a token a byte.
+    """Build the GPT-NeoX-20B tokenizer of Pythia without its merges: one token per byte, no file needed.
 
-    0 <|endoftext|>, 1 <|padding|>, 2 .. 244 the bytes that occur in UTF-8 (never C0, C1, F5 .. FF), by the code point
-    of the character that GPT-2 writes for them. Each of these ids is the id of the same token in Pythia's tokenizer.
+    0 is <|endoftext|>, 1 is <|padding|>, 2 .. 244 are the bytes that occur in UTF-8 (all but C0, C1, F5 .. FF), sorted
+    by the character that GPT-2 writes for each. Every token has the same id in Pythia's tokenizer.
     """
-    never = {chr(byte) for byte in (0xC0, 0xC1, *range(0xF5, 0x100))}  # GPT-2 writes these as themselves
-    tokens = [END_OF_TEXT, "<|padding|>", *sorted({*pre_tokenizers.ByteLevel.alphabet()} - never)]
+    unused = {chr(byte) for byte in (0xC0, 0xC1, *range(0xF5, 0x100))}  # GPT-2 writes chr(byte) for these
+    tokens = [END_OF_TEXT, "<|padding|>", *sorted({*pre_tokenizers.ByteLevel.alphabet()} - unused)]
     tokenizer = Tokenizer(models.BPE(vocab={token: id for id, token in enumerate(tokens)}, merges=[]))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -28,7 +28,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """A tokenizer.json, or UserError."""
+    """Read a tokenizer.json. Raises UserError if it is missing or not one."""
     try:
         return Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
     except Exception as error:  # tokenizers raises plain Exception
@@ -36,11 +36,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def can_cut(tokenizer: Tokenizer) -> bool:
-    """Whether text may be cut before white space that follows something else, without a change to its tokens.
+    """Return True if cutting a text between a non-space character and white space never changes its tokens.
 
-    The byte-level pre-tokenizer of GPT-2 splits there in any case: its pattern has white space only at the front of a
-    pre-token. NFC composes nothing with a space or newline. An added token must neither contain such a place nor eat
-    the white space beside it. Other tokenizers (Llama 3: punctuation keeps its newline) get each document in one piece.
+    This holds for the byte-level pre-tokenizer of GPT-2, which always splits there: its pattern allows white space only
+    at the start of a pre-token. NFC never composes a character with a space or newline. Added tokens must not contain
+    such a place or absorb the white space beside them. With other tokenizers (in Llama 3 punctuation keeps its newline)
+    a document is encoded in one piece.
     """
     spec = json.loads(tokenizer.to_str())
     splitter, normalizer = spec["pre_tokenizer"] or {}, spec["normalizer"] or {"type": "NFC"}

@@ -1,8 +1,7 @@
-"""Text -> tokens: ids, streaming and cutting against the tokenizer applied to each whole document, and bad input."""
+"""Text -> tokens, compared with the tokenizer applied to each whole document; bad input; the demo corpus."""
 
 import json
 import os
-import re
 import signal
 import struct
 import subprocess
@@ -13,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
+from megatron import REPO, assert_refused, run_data
+from test_tokenizer import ODD
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import data
@@ -20,24 +21,6 @@ from corpus import prepare
 from corpus.indexed import IndexedTokens
 from corpus.tokenizer import byte_tokenizer, can_cut
 from runtime.errors import UserError
-
-REPO = Path(__file__).resolve().parents[1]
-
-# Scripts with and without spaces, combining marks that NFC composes (e + U+0301, Hangul jamo), runs of spaces for which
-# Pythia's tokenizer has added tokens, every kind of white space, emoji with joiners, NUL, and a literal <|endoftext|>.
-ODD = [
-    "plain words, don't they'll  two   three     spaces\n\n\ttabs \t mixed \n end",
-    "cafe\u0301 nai\u0308ve A\u030a\u0301 \u1112\u1161\u11ab \u212b \u0344\n\u0301starts a line\n \u0301 x",
-    "日本語の文章。改行\nする。\n\n한국어 문장\nрусский текст עברית ไทย\u200bไม่มี",
-    "a\u00a0b\u2003c\u2028d\u3000e\x85f\x0bg\x0ch\x1ci\x1dj\r\nk\rl\u180em\u200bn\ufeffo",
-    "😀👩\u200d👩\u200d👧 \U0001f3f3\ufe0f\u200d\U0001f308\n\x00NUL\x00\n<|endoftext|> and <|padding|>\n<|endoftext|>",
-    "    def f(x):\n        return x  # comment\n\n\n" * 3 + "no newline at the end",
-    " ",
-    "\n",
-    "\n\n leading",
-    "x" * 300,
-    "\U0010ffff\ue000\ufffd ~\x7f",
-]
 
 
 def random_text(rng, length):
@@ -58,7 +41,7 @@ def random_text(rng, length):
 
 
 def documents_of(prefix):
-    """Token lists of a data set, by the format's description alone."""
+    """Read the documents of a data set by the description of the format. Returns lists of tokens, and the dtype."""
     raw = Path(f"{prefix}.idx").read_bytes()
     magic, version, code, n, m = struct.unpack_from("<9sQBQQ", raw)
     assert (magic, version, m, len(raw)) == (b"MMIDIDX\0\0", 1, n + 1, 34 + 12 * n + 8 * m)
@@ -74,7 +57,7 @@ def documents_of(prefix):
 
 
 def write_inputs(directory, texts):
-    """The same documents as one .jsonl, one .jsonl.zst of two frames, and a text file each."""
+    """Write the documents as one .jsonl, as one .jsonl.zst with two frames, and as one text file each."""
     lines = [json.dumps({"id": 1, "text": text}, ensure_ascii=i % 2 == 0) + "\n" for i, text in enumerate(texts)]
     (directory / "all.jsonl").write_bytes("".join(lines).encode())
     raw = "".join(lines).encode()
@@ -95,7 +78,7 @@ def small_pieces(monkeypatch, chunk, group):
 
 @pytest.fixture(scope="module")
 def merging_tokenizer(tmp_path_factory):
-    """A byte-level BPE with merges over the odd texts, and added tokens for runs of spaces like Pythia's."""
+    """A byte-level BPE with merges learned from the odd texts, and added tokens for runs of spaces, like Pythia's."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer, tokenizer.decoder = normalizers.NFC(), decoders.ByteLevel()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -117,34 +100,9 @@ def merging_tokenizer(tmp_path_factory):
 # --- The tokenizer --------------------------------------------------------------------------------------------------
 
 
-def bytes_to_unicode():
-    """GPT-2's table, byte -> character: printable bytes stand for themselves, the others for U+0100 and on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
-def test_ids_of_bytes():
-    """Bytes as GPT-2 writes them, by code point of the character, without those that UTF-8 never uses."""
-    used = set()
-    for code in [*range(0xD800), *range(0xE000, 0x110000, 64), 0x10FFFF]:
-        used |= set(chr(code).encode())
-    used |= set(range(0x80, 0xC0))
-    assert len(used) == 243
-    expected = {character: byte for byte, character in bytes_to_unicode().items() if byte in used}
-    tokenizer = byte_tokenizer()
-    assert tokenizer.get_vocab_size() == 245
-    assert [tokenizer.id_to_token(i) for i in range(245)] == ["<|endoftext|>", "<|padding|>", *sorted(expected)]
-    assert byte_tokenizer().encode("!\n é").ids == [
-        2,
-        2 + sorted(expected).index("Ċ"),
-        *[2 + sorted(expected).index(bytes_to_unicode()[byte]) for byte in " é".encode()],
-    ]
-
-
 def test_pythia_tokenizer(tmp_path, monkeypatch):
-    """The file is 20B_tokenizer.json of EleutherAI/pythia, not in the repository for its size: our ids are its ids, and
-    documents cut into small pieces have its tokens."""
+    """Against 20B_tokenizer.json of EleutherAI/pythia (too large for this repository): the ids of the byte tokenizer
+    are its ids, and documents that are cut into small pieces have its tokens."""
     found = [REPO / "20B_tokenizer.json", *REPO.parent.glob("*/data/20B_tokenizer.json")]
     path = next((path for path in found if path.exists()), None)
     if not path:
@@ -165,35 +123,10 @@ def test_pythia_tokenizer(tmp_path, monkeypatch):
     assert documents_of(tmp_path / "out") == ([[*pythia.encode(text).ids, 0] for text in texts], "<u2")
 
 
-def test_text_survives():
-    tokenizer = byte_tokenizer()
-    for text in ODD:
-        ids = tokenizer.encode(text).ids
-        assert tokenizer.decode(ids, skip_special_tokens=False) == tokenizer.normalizer.normalize_str(text)
-        if "<|" not in text:
-            assert len(ids) == len(tokenizer.normalizer.normalize_str(text).encode())
-
-
 # --- Cutting --------------------------------------------------------------------------------------------------------
 
 
-def test_no_token_lies_across_a_cut():
-    """The ground under `can_cut`, for nearly every character there is: white space that follows something else begins
-    a pre-token, and NFC leaves it alone."""
-    codes = [*range(0xD800), *range(0xE000, 0x10000), *range(0x10000, 0x110000, 31)]
-    characters = [chr(code) for code in codes if not chr(code).isspace()]
-    text = "".join(f"{c}\n{c} {c}" for c in characters)
-    splitter, nfc = pre_tokenizers.ByteLevel(add_prefix_space=False), normalizers.NFC()
-    normal = nfc.normalize_str(text)
-    for _, (start, end) in splitter.pre_tokenize_str(normal):
-        assert not re.search(r"\S[ \n]", normal[start:end])
-    for start in range(0, len(characters), 97):
-        c, d = characters[start], characters[start - 1]
-        for space in (" ", "\n"):
-            assert nfc.normalize_str(c + space + d) == nfc.normalize_str(c) + nfc.normalize_str(space + d)
-
-
-def test_pieces_are_cut_where_they_may_be():
+def test_where_pieces_are_cut():
     def cut(*chunks):
         return list(prepare.pieces(chunks, True))
 
@@ -201,7 +134,7 @@ def test_pieces_are_cut_where_they_may_be():
     assert cut("a\nb", "c d", "e") == [("a", False), ("\nbc", False), (" de", True)]
     assert cut("ab", "cd") == [("abcd", True)]
     assert cut("a  \n ", "b") == [("a", False), ("  \n b", True)]
-    assert cut("a\x1c b", "c") == [("a\x1c bc", True)]  # U+001C: white space to Python, not to the tokenizer
+    assert cut("a\x1c b", "c") == [("a\x1c bc", True)]  # U+001C is white space in Python, but not in the tokenizer
     assert cut("one two") == [("one two", True)]
     assert cut() == cut("") == cut("", "") == []
     assert list(prepare.pieces(("one two", " three"), False)) == [("one two three", True)]
@@ -225,7 +158,7 @@ def test_tokens_are_those_of_whole_documents(tmp_path, monkeypatch, merging_toke
 
 
 def test_documents_are_cut_in_that_test(monkeypatch, merging_tokenizer):
-    """Guards the test above: pieces are many, and cutting elsewhere would show."""
+    """The test above has many pieces, and cuts at other places change the tokens."""
     small_pieces(monkeypatch, 7, 100)
     text = ODD[0] * 20
     tokenizer = Tokenizer.from_file(str(merging_tokenizer))
@@ -242,7 +175,7 @@ def spec(merging_tokenizer, **changes):
 
 
 def test_other_tokenizers_get_whole_documents(tmp_path, monkeypatch, merging_tokenizer):
-    """Where a cut would change tokens there is none; padding, truncation and <bos> of the file do not apply."""
+    """A document is not cut if a cut can change its tokens. Padding, truncation and <bos> of the file are ignored."""
     bos = {"type": "TemplateProcessing", "pair": [{"Sequence": {"id": "B", "type_id": 0}}]}
     bos["single"] = [{"SpecialToken": {"id": "<|padding|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     bos["special_tokens"] = {"<|padding|>": {"id": "<|padding|>", "ids": [1], "tokens": ["<|padding|>"]}}
@@ -293,7 +226,7 @@ def test_large_vocabularies_take_four_bytes(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_input(tmp_path):
-    """Peak memory in MB for inputs of 2 and 8 MB: one text, and many documents. (Held as encodings, 8 MB take 1 GB.)"""
+    """Peak memory in MB for inputs of 2 and 8 MB: one text, and many documents. (8 MB of encodings take 1 GB.)"""
     code = "import resource, sys; from corpus import prepare; prepare.prepare(sys.argv[1:2], sys.argv[2]);"
     code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
     line, peaks = "All work and no play makes Jack a dull boy.\n", {}
@@ -310,25 +243,20 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
 # --- Commands and bad input -----------------------------------------------------------------------------------------
 
 
-def command(directory, *arguments):
-    line = [sys.executable, str(REPO / "data.py"), *map(str, arguments)]
-    return subprocess.run(line, cwd=directory, capture_output=True, text=True, timeout=60)
-
-
 def test_prepare_info_view(tmp_path):
     (tmp_path / "a.txt").write_text("The first document.\n" * 20)
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "Zweites Dokument – mit Umlaut: ü. " * 20}) + "\n\n")
     line = ("prepare", "--input", "a.txt", "b.jsonl", "--out", "mine", "--workers", "1")
-    run = command(tmp_path, *line)
+    run = run_data(tmp_path, *line)
     assert run.returncode == 0, run.stderr
     assert "2 documents" in run.stdout
     assert sorted(path.name for path in tmp_path.glob("*mine*")) == ["mine.bin", "mine.idx", "mine.tokenizer.json"]
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    again = command(tmp_path, *line)
+    again = run_data(tmp_path, *line)
     assert (again.returncode, again.stderr.count("\n")) == (1, 1)
     assert "exists" in again.stderr
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-    run = command(
+    run = run_data(
         tmp_path, "view", "--data", "mine", "--seq-len", "32", "--batch-size", "4", "--steps", "2", "--step", "1"
     )
     assert run.returncode == 0, run.stderr
@@ -377,7 +305,7 @@ def test_bad_input(tmp_path, name):
 
 
 def test_bytes_across_chunks(tmp_path, monkeypatch):
-    """The byte named is right wherever a chunk ends."""
+    """The error names the right byte, wherever a chunk ends."""
     text = "é日😀" * 5
     for bad in range(len(text)):
         raw = text[:bad].encode() + b"\xff" + text[bad:].encode()
@@ -388,7 +316,7 @@ def test_bytes_across_chunks(tmp_path, monkeypatch):
                 prepare.prepare([tmp_path / "in.txt"], tmp_path / "out")
 
 
-def test_commands_refuse_in_one_line(tmp_path):
+def test_prepare_refuses_in_one_line(tmp_path):
     (tmp_path / "good.txt").write_text("good")
     (tmp_path / "bad.txt").write_bytes(b"\xff")
     (tmp_path / "taken.tokenizer.json").write_text("mine")
@@ -411,17 +339,12 @@ def test_commands_refuse_in_one_line(tmp_path):
         (("good.txt", "--out", "out", "--tokenizer", "bad.txt"), "bad.txt: not a readable tokenizer"),
         (("good.txt", "--out", "out", "--tokenizer", "a.json"), "a.json: id 0 is 'a'"),
     ):
-        run = command(tmp_path, "prepare", "--input", *arguments)
-        assert run.returncode == 1
-        assert run.stderr.startswith("error: ")
-        assert run.stderr.count("\n") == 1
-        assert message in run.stderr
-        assert run.stdout == ""
+        assert_refused(run_data(tmp_path, "prepare", "--input", *arguments), message)
         assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 
 def test_full_disk_leaves_nothing(tmp_path):
-    """A real full disk is out of reach; a limit on the size of files fails in the same place."""
+    """A limit on the size of files fails in the same place as a full disk."""
     (tmp_path / "in.txt").write_text("words " * 50_000)
     code = "import resource, signal, sys, data; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
     code += "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); data.run_command(data.main)"
@@ -432,12 +355,50 @@ def test_full_disk_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
 
 
+def test_index_that_cannot_be_flushed_leaves_nothing(tmp_path, monkeypatch):
+    """The index is renamed last, so its errors must come before the first file is renamed."""
+    (tmp_path / "in.txt").write_text("words")
+
+    def full(descriptor, fsync=os.fsync):
+        if ".idx." in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device; nothing was written"):
+        prepare.prepare([tmp_path / "in.txt"], tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
+
+
+def test_only_zst_files_need_zstandard(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"text": "good"}\n')
+    (tmp_path / "in.jsonl.zst").write_bytes(PACKED)
+    code = "import sys; sys.modules['zstandard'] = None; import data; data.run_command(data.main)"
+
+    def run(name):
+        command = [
+            sys.executable,
+            "-c",
+            code,
+            "prepare",
+            "--out",
+            str(tmp_path / "out"),
+            "--input",
+            str(tmp_path / name),
+        ]
+        return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=60)
+
+    assert_refused(run("in.jsonl.zst"), "in.jsonl.zst: reading .zst needs the package zstandard")
+    assert not list(tmp_path.glob("*out*"))
+    assert "1 documents, 5 tokens" in run("in.jsonl").stdout
+
+
 def test_interrupt_leaves_nothing(tmp_path):
-    """Ctrl-C while `prepare` waits for more of a pipe (which is an input like any other)."""
+    """Ctrl-C while `prepare` waits for more input from a pipe."""
     os.mkfifo(tmp_path / "pipe")
     line = [sys.executable, REPO / "data.py", "prepare", "--input", "pipe", "--out", "out"]
     run = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with open(tmp_path / "pipe", "wb") as pipe:  # opens when prepare has opened its end, thus in the middle of its work
+    with open(tmp_path / "pipe", "wb") as pipe:  # returns when prepare has opened its end, in the middle of its work
         assert len(list(tmp_path.glob(".out*"))) == 3
         pipe.write(b"some text")
         pipe.flush()
@@ -461,7 +422,7 @@ def test_demo(tmp_path, monkeypatch, capsys):
     assert data.find_tokenizer("demo") == Path("runs/demo.tokenizer.json")
     assert data.fingerprint(rows)["bin_sha256"]
 
-    # The first and the last document are files of the library, whole.
+    # The first and the last document are complete files of the library.
     tokenizer, library = byte_tokenizer(), Path(sysconfig.get_paths()["stdlib"])
     sources = {path.read_bytes() for path in library.rglob("*.py")}
     for document in (0, rows.data.documents - 1):
@@ -476,6 +437,6 @@ def test_demo(tmp_path, monkeypatch, capsys):
     assert IndexedTokens("runs/demo").tokens == rows.data.tokens
 
     demo = data.open_rows("demo", data.requested_samples(60, 16), seq_len=256)  # the rows of `train.py --demo`
-    seen = command(tmp_path, "view", "--demo", "--step", "7", "--row", "3")
+    seen = run_data(tmp_path, "view", "--demo", "--step", "7", "--row", "3")
     assert seen.stdout.startswith("--- step 7, row 3 of 16 (row 115 of the order)")
     assert byte_tokenizer().decode(demo[115].tolist(), skip_special_tokens=False) in seen.stdout
