@@ -209,10 +209,11 @@ def code_digest() -> str:
 def parse(arguments: list[str], names: list[str]) -> Namespace:
     """Parse the command line. Raises UserError if a setting cannot work."""
     parser = Parser(prog="bench.all", description=__doc__.split("\n\n")[0], epilog=f"Pieces: {', '.join(names)}")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="(default: bench/results/GPU; on a CPU runs/bench)")
-    parser.add_argument("--only", metavar="NAMES", help="run only these pieces (default: all)")
-    parser.add_argument("--again", default="", metavar="NAMES", help="run these pieces even if they have results")
-    parser.add_argument("--patience", type=float, default=1, metavar="X", help="factor of all time limits (default: 1)")
+    add = parser.add_argument
+    add("--out", type=Path, metavar="DIR", help="results directory (default: bench/results/GPU; on a CPU runs/bench)")
+    add("--only", metavar="NAMES", help="run only these pieces (default: all)")
+    add("--again", default="", metavar="NAMES", help="run these pieces even if they have results")
+    add("--patience", type=float, default=1, metavar="X", help="multiply all time limits by X (default: 1)")
     s = parser.parse_args(arguments)
     s.only, s.again = ([name for name in text.split(",") if name] for text in (s.only or ",".join(names), s.again))
     if unknown := set(s.only + s.again) - set(names):
