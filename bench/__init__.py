@@ -1,1 +1,1 @@
-"""Measurements beside peers: the training step (bench.step) and the kernels (pytest bench --benchmark-only)."""
+"""Speed measurements: the training step (bench.step), its ops (bench.roofline), the kernels (bench/kernels)."""

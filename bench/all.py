@@ -1,12 +1,12 @@
-"""Everything there is to measure on this machine, in pieces: correctness, the step of every size, roofline, kernels.
+"""All measurements of this machine, in pieces: correctness, the step of every size, the roofline, the kernels.
 
-    python -m bench.all                      the same line again goes on where it ended
-    python -m bench.all --again step-160m    this piece once more
+    python -m bench.all                      run all pieces; run the command again to continue
+    python -m bench.all --again step-160m    run this piece again
 
-Every piece is a process with a time limit, and leaves NAME.json and NAME.log in a directory named after the GPU. One
-that fails is named with the last line of its log, and the others go on. A piece is not run again as long as its file is
-whole and the code and the machine are those that made it: all.json notes that. Then `python -m bench.report` puts the
-speeds into README.md. On a CPU the shapes are small, to show that it works.
+Every piece is a process with a time limit. It writes NAME.json and NAME.log to a directory named after the GPU. If a
+piece fails, the last line of its log is printed, and the other pieces still run. A result is reused if its file is
+intact and code and machine are the same; all.json records them. `python -m bench.report` then writes the tables of
+speeds. On a CPU the shapes are small: they only show that the pieces work.
 """
 
 import hashlib
@@ -29,18 +29,18 @@ import torch
 from tqdm import tqdm
 
 from bench.ceilings import machine
-from bench.kernel_peers import OPS
+from bench.kernels.peers import OPS
 from bench.report import RESULTS, ROOT, aligned
 from model import SIZES
 from plan import report
 from runtime.errors import Parser, UserError, run_command
 
-SIZES_OF_STEPS = ("14m", "70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b")
-COMPILED = ("160m", "1.4b")  # compiling the peers takes longer than all else
-BATCHES = (8, 4, 2, 1)  # rows of 2048 tokens: the most that fits
-SPARE = 10  # seconds of the time limit of a step in which bench.step starts and ends
+STEP_SIZES = ("14m", "70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b")
+COMPILED = ("160m", "1.4b")  # sizes with compiled peers: compiling them takes the most time
+BATCHES = (8, 4, 2, 1)  # rows of 2048 tokens: the largest that fits is measured
+SPARE = 10  # seconds that bench.step needs to start and end, within the time limit of its piece
 
-# What a command writes, by how it is named there: the result, a picture, a report of pytest. "{seconds}" is its time.
+# Placeholders in a command, and the ending of the file that replaces them. "{seconds}" becomes the limit less SPARE.
 ENDINGS = {"{json}": ".json", "{plot}": ".png", "{junit}": ".xml"}
 
 
@@ -48,7 +48,7 @@ class Piece(NamedTuple):
     name: str
     seconds: float  # time limit
     command: tuple[str, ...] = ()
-    obstacle: str = ""  # why it is left out here
+    obstacle: str = ""  # why it cannot run on this machine
 
 
 def python(*arguments: str) -> tuple[str, ...]:
@@ -56,9 +56,9 @@ def python(*arguments: str) -> tuple[str, ...]:
 
 
 def pieces(gpu_memory: float | None) -> list[Piece]:
-    """What there is to do on a GPU of so many bytes, or on a CPU.
+    """The pieces for a GPU with gpu_memory bytes, or for a CPU (None).
 
-    A time limit is what an H100 should never need; most of it goes into compiling, which is done once.
+    The time limits are generous for an H100. Most of the time goes into compiling, which is done once.
     """
     picture = ("--plot", "{plot}") if find_spec("matplotlib") else ()
     roofline = python("bench.roofline", "--json", "{json}", *picture)
@@ -70,12 +70,11 @@ def pieces(gpu_memory: float | None) -> list[Piece]:
             *(kernels(op, 120) for op in OPS),
             *(step(size, 120, *small) for size in ("14m", "70m")),
         ]
-    # What takes long is to compile.
-    side_by_side = ("-n", "8", "--dist", "loadgroup") if find_spec("xdist") else ()
+    parallel = ("-n", "8", "--dist", "loadgroup") if find_spec("xdist") else ()
     return [
-        Piece("warm", 50, python("bench.warm", "--json", "{json}", "--size", ",".join(SIZES_OF_STEPS))),
-        Piece("correctness", 210, python("pytest", "-m", "gpu", "-v", *side_by_side, "--junitxml", "{junit}")),
-        *(step_that_fits(size, 60 if size in COMPILED else 32, gpu_memory) for size in SIZES_OF_STEPS),
+        Piece("warm", 50, python("bench.warm", "--json", "{json}", "--size", ",".join(STEP_SIZES))),
+        Piece("correctness", 210, python("pytest", "-m", "gpu", "-v", *parallel, "--junitxml", "{junit}")),
+        *(step_that_fits(size, 60 if size in COMPILED else 32, gpu_memory) for size in STEP_SIZES),
         Piece("roofline", 60, (*roofline, "--size", "160m,1.4b")),
         *(kernels(op, 120 if op == "rotary_attention" else 60) for op in OPS),
     ]
@@ -92,66 +91,69 @@ def step(size: str, seconds: float, *arguments: str) -> Piece:
 
 
 def step_that_fits(size: str, seconds: float, gpu_memory: float) -> Piece:
-    """The step of as many rows as fit, by the plan; with as little recomputation as will do. What of the peers does not
-    fit then is reported by bench.step."""
+    """The step with the least recomputation, and then the most rows, that fits Tripod by the plan.
+
+    bench.step reports the peers that do not fit.
+    """
     least = float("inf")
     for recompute, batch in product(report.KEPT, BATCHES):
         needed = sum(report.memory(SIZES[size], batch, 2048, "bf16", recompute).values())
         if needed <= report.USABLE * gpu_memory:
             eager = () if size in COMPILED else ("--no-compile",)
-            against = "plain,liger,hf,litgpt"  # if the time is over too early, it is for the last
+            against = "plain,liger,hf,litgpt"  # if time runs out, the last ones are skipped
             shape = "--batch", f"{batch}", "--recompute", recompute, "--rounds", "3"
             return step(size, seconds, *shape, "--against", against, *eager)
         least = min(least, needed)
-    lack = f"takes {least / 1e9:.0f} GB by the plan, {report.USABLE * gpu_memory / 1e9:.0f} can be used"
-    return Piece(f"step-{size}", 0, obstacle=lack)
+    obstacle = f"needs {least / 1e9:.0f} GB by the plan, {report.USABLE * gpu_memory / 1e9:.0f} can be used"
+    return Piece(f"step-{size}", 0, obstacle=obstacle)
 
 
 # Running them
 
 
-def run_all(todo: list[Piece], out: Path, maker: dict, again: set[str]) -> dict[str, dict]:
-    """Run what `out` does not already have, of the same maker (code and machine): a record of every piece.
+def run_all(todo: list[Piece], out: Path, origin: dict, again: set[str]) -> dict[str, dict]:
+    """Run the pieces that have no intact result of the same origin (code and machine) in `out`, and those in `again`.
 
-    state     done, had (by an earlier run), failed, left out
-    seconds   that it took
-    why       it failed or was left out
-    sha256    of its file
+    Returns a record of every piece:
+    state     done, reused (the result of an earlier run), failed, or skipped
+    seconds   time taken
+    why       why it failed or was skipped
+    sha256    of its result file
     """
     index, records = out / "all.json", {}
     try:
         stored = json.loads(index.read_text()) if index.exists() else {}
     except ValueError as error:
-        raise UserError(f"{index} is damaged ({error}): remove it, and all pieces run again") from None
+        raise UserError(f"{index} is damaged ({error}): remove it, then all pieces run again") from None
     progress = tqdm(todo)
     for piece in progress:
         progress.set_description(piece.name)
         result, before = out / f"{piece.name}.json", stored.get(piece.name, {})
-        whole = "sha256" in before and result.exists() and digest(result) == before["sha256"]
+        intact = "sha256" in before and result.exists() and digest(result) == before["sha256"]
         if piece.obstacle:
-            records[piece.name] = {"state": "left out", "why": piece.obstacle}
+            records[piece.name] = {"state": "skipped", "why": piece.obstacle}
             continue
-        if whole and before["maker"] == maker and piece.name not in again:
-            records[piece.name] = before | {"state": "had"}
+        if intact and before.get("origin") == origin and piece.name not in again:
+            records[piece.name] = before | {"state": "reused"}
             continue
         result.unlink(missing_ok=True)
         began = time.monotonic()
         why = run_piece(piece, out)
         record = {"state": "failed", "why": why} if why else {"state": "done", "sha256": digest(result)}
         records[piece.name] = record | {"seconds": round(time.monotonic() - began, 1)}
-        stored[piece.name] = records[piece.name] | {"maker": maker}
+        stored[piece.name] = records[piece.name] | {"origin": origin}
         index.write_text(json.dumps(stored, indent=1) + "\n")
     return records
 
 
 def run_piece(piece: Piece, out: Path) -> str:
-    """Run a piece and all the processes that it starts, up to its time limit. Returns what went wrong, or nothing."""
+    """Run a piece; after its time limit kill it and all its processes. Returns the error, or an empty string."""
     result, junit, log = (out / f"{piece.name}{ending}" for ending in (".json", ".xml", ".log"))
-    words = {name: str(out / f"{piece.name}{ending}") for name, ending in ENDINGS.items()}
-    words["{seconds}"] = f"{piece.seconds - SPARE:g}"
+    values = {name: str(out / f"{piece.name}{ending}") for name, ending in ENDINGS.items()}
+    values["{seconds}"] = f"{piece.seconds - SPARE:g}"
     with log.open("w") as file:
         process = subprocess.Popen(
-            [words.get(word, word) for word in piece.command],
+            [values.get(word, word) for word in piece.command],
             stdout=file,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
@@ -167,7 +169,7 @@ def run_piece(piece: Piece, out: Path) -> str:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     if junit.exists():
-        result.write_text(json.dumps(counts(junit), indent=1) + "\n")
+        result.write_text(json.dumps(count_tests(junit), indent=1) + "\n")
         junit.unlink()
     lines = re.split(r"[\r\n]+", log.read_text(errors="replace").strip())
     if status is None:
@@ -177,8 +179,8 @@ def run_piece(piece: Piece, out: Path) -> str:
     return "" if result.exists() else f"wrote no {result.name}: {lines[-1]}"
 
 
-def counts(junit: Path) -> dict:
-    """How many tests passed, were skipped and failed, these with their names, of a report of pytest."""
+def count_tests(junit: Path) -> dict:
+    """The number of passed and skipped tests in a JUnit file, and the names of failed ones."""
     cases = list(ElementTree.parse(junit).iter("testcase"))
     bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     skipped = sum(case.find("skipped") is not None for case in cases)
@@ -195,22 +197,23 @@ def digest(path: Path) -> str:
 
 
 def code_digest() -> str:
-    """sha256 of all code that a measurement may depend on: it changes with every edit, whether committed or not."""
-    folders = (ROOT, *(ROOT / name for name in ("kernels", "model", "bench", "tests")))
-    files = sorted(path for folder in folders for path in folder.glob("*.py"))
-    return hashlib.sha256("".join(map(digest, files)).encode()).hexdigest()
+    """sha256 of all code that a measurement may depend on. Every edit changes it, committed or not."""
+    folders = (ROOT / "tests", *(file.parent for file in ROOT.glob("*/__init__.py")))
+    files = [*ROOT.glob("*.py"), *(file for folder in folders for file in folder.rglob("*.py"))]
+    return hashlib.sha256("".join(map(digest, sorted(set(files)))).encode()).hexdigest()
 
 
 # The command line
 
 
 def parse(arguments: list[str], names: list[str]) -> Namespace:
-    """The settings of a command line. Raises UserError on one that can not work."""
+    """Parse the command line. Raises UserError if a setting cannot work."""
     parser = Parser(prog="bench.all", description=__doc__.split("\n\n")[0], epilog=f"Pieces: {', '.join(names)}")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="of results (bench/results/GPU; on a CPU runs/bench)")
-    parser.add_argument("--only", metavar="NAMES", help="run these pieces (default: all)")
-    parser.add_argument("--again", default="", metavar="NAMES", help="run these pieces also if their results are there")
-    parser.add_argument("--patience", type=float, default=1, metavar="X", help="times all time limits (default: 1)")
+    add = parser.add_argument
+    add("--out", type=Path, metavar="DIR", help="results directory (default: bench/results/GPU; on a CPU runs/bench)")
+    add("--only", metavar="NAMES", help="run only these pieces (default: all)")
+    add("--again", default="", metavar="NAMES", help="run these pieces even if they have results")
+    add("--patience", type=float, default=1, metavar="X", help="multiply all time limits by X (default: 1)")
     s = parser.parse_args(arguments)
     s.only, s.again = ([name for name in text.split(",") if name] for text in (s.only or ",".join(names), s.again))
     if unknown := set(s.only + s.again) - set(names):
@@ -223,23 +226,23 @@ def parse(arguments: list[str], names: list[str]) -> Namespace:
 def main() -> None:
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
-    facts = machine(device)
+    host = machine(device)
     memory = torch.cuda.get_device_properties(device).total_memory if gpu else None
     s = parse(sys.argv[1:], [piece.name for piece in pieces(memory)])
-    # The small shapes of a CPU are no results.
-    default = RESULTS / re.sub(r"[^a-z0-9]+", "-", facts["gpu"].lower()).strip("-") if gpu else ROOT / "runs" / "bench"
+    # Not bench/results on a CPU: its small shapes are only a test.
+    default = RESULTS / re.sub(r"[^a-z0-9]+", "-", host["gpu"].lower()).strip("-") if gpu else ROOT / "runs" / "bench"
     out = (s.out or default).resolve()
     out.mkdir(parents=True, exist_ok=True)
     todo = [p._replace(seconds=p.seconds * s.patience) for p in pieces(memory) if p.name in s.only]
-    records = run_all(todo, out, {"code": code_digest(), "machine": facts}, set(s.again))
+    records = run_all(todo, out, {"code": code_digest(), "machine": host}, set(s.again))
     print("\n".join(summary(records)))
     if any(record["state"] == "failed" for record in records.values()):
-        raise UserError(f"some pieces failed: the same line runs them again; see {out}/NAME.log")
-    print("python -m bench.report puts the speeds into README.md")
+        raise UserError(f"some pieces failed: see {out}/NAME.log; the same command runs them again")
+    print("now python -m bench.report writes the tables of speeds")
 
 
 def summary(records: dict[str, dict]) -> list[str]:
-    """A line for every piece."""
+    """The lines of a table of all pieces."""
     rows = [
         {"piece": name, "state": record["state"], "seconds": f"{record.get('seconds', '')}"}
         for name, record in records.items()

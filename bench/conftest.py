@@ -1,12 +1,15 @@
-"""What `pytest bench` prints around the measurements, and adds to --benchmark-json."""
+"""The header and the table of `pytest bench`, and what it adds to --benchmark-json.
+
+This file is not in bench/kernels, because pytest calls the header hook only in conftest files that it loads at start.
+"""
 
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 
 from bench.ceilings import machine
-from bench.kernel_peers import setting
-from bench.kernel_report import table
+from bench.kernels.peers import setting
+from bench.kernels.report import table
 
 CASES = pytest.StashKey[list[dict]]()
 
@@ -14,20 +17,20 @@ CASES = pytest.StashKey[list[dict]]()
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[CASES] = []
-    config.option.benchmark_quiet = True  # the table here says more than that of pytest-benchmark
+    config.option.benchmark_quiet = True  # our table replaces that of pytest-benchmark
 
 
 @pytest.fixture
 def report(request):
-    """A function that puts a case, measured or missing, into the table."""
+    """A function that adds a case, measured or missing, to the table."""
     return request.config.stash[CASES].append
 
 
 def pytest_report_header() -> str:
     here = setting()
-    facts = machine(here.device)
+    host = machine(here.device)
     tokens = {f"{here.batch} x {config.seq_len}" for config in here.sizes.values()} if here.sizes else {"8 x 2048"}
-    line = f"kernels on {facts['gpu'] or facts['cpu']}: {' '.join(tokens)} tokens, {here.dtype}"
+    line = f"kernels on {host['gpu'] or host['cpu']}: {' '.join(tokens)} tokens, {here.dtype}"
     return f"{line}; {here.note}" if here.note else line
 
 

@@ -1,9 +1,8 @@
-"""The networks that a user would pick instead: Pythia of transformers, of litgpt, in plain torch after nanoGPT, and the
-last with the Triton kernels of Liger.
+"""Pythia in other code bases: transformers, litgpt, plain torch in the style of nanoGPT, and that with Liger's kernels.
 
-Each is built with *our* weights, so that equal losses and gradients prove that equal networks are compared. A peer is
-fed as its own training loop feeds it: transformers and nanoGPT compute the loss inside the module, and so inside what
-torch.compile sees; litgpt compiles the network only.
+Every peer gets Tripod's weights, so equal losses and gradients prove that the networks are equal. A peer is called as
+its own training loop calls it: transformers and nanoGPT compute the loss inside the module, so torch.compile sees the
+loss too; litgpt compiles only the network.
 """
 
 from collections.abc import Callable
@@ -17,21 +16,21 @@ from kernels import rotary_tables
 from model import Config, Pythia
 from model.huggingface import huggingface_name, published_config
 
-PACKAGES = {"hf": "transformers", "litgpt": "litgpt", "liger": "liger_kernel", "plain": "torch"}  # what a peer needs
+PACKAGES = {"hf": "transformers", "litgpt": "litgpt", "liger": "liger_kernel", "plain": "torch"}  # peer: its package
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]  # (network, tokens, targets [batch, seq]) -> mean loss in nats
 
 
 def obstacle(peer: str) -> str:
-    """Why a peer can not run here; nothing if it can."""
+    """Why a peer cannot run on this machine, or an empty string if it can."""
     if find_spec(PACKAGES[peer]) is None:
         return "not installed"
     return "needs a GPU" if peer == "liger" and not torch.cuda.is_available() else ""
 
 
 def build_peer(peer: str, ours: Pythia) -> tuple[nn.Module, Loss]:
-    """The network of a peer, where ours is, with a copy of our weights, and how it is asked for its loss."""
-    with ours.embed.device:  # as a CPU would take minutes to draw the initial weights of a large one
+    """The network of a peer, on the device of `ours` and with a copy of its weights, and the function of its loss."""
+    with ours.embed.device:  # a CPU would take minutes to draw the initial weights of a large network
         network, name, loss = {"hf": _hf, "litgpt": _litgpt, "liger": _liger, "plain": _plain}[peer](ours.config)
     theirs = dict(network.named_parameters())
     with torch.no_grad():
@@ -41,7 +40,7 @@ def build_peer(peer: str, ours: Pythia) -> tuple[nn.Module, Loss]:
                 parameter = by_head.transpose(0, 1).flatten(0, 2)  # rows ordered [(q, k, v), head, head_dim]
             theirs.pop(name(our_name)).copy_(parameter)
     if theirs:
-        raise ValueError(f"{peer} has parameters that we have not: {', '.join(theirs)}")
+        raise ValueError(f"{peer} has parameters that Tripod has not: {', '.join(theirs)}")
     return network, loss
 
 
@@ -58,7 +57,7 @@ def _hf(config: Config) -> tuple[nn.Module, Callable[[str], str], Loss]:
         # transformers 4 calls the unembedding embed_out, transformers 5 lm_head
         return "lm_head.weight" if ours == "unembed" and hasattr(network, "lm_head") else huggingface_name(ours)
 
-    # Given only labels, transformers would shift them by one itself; given both it only asks whether there are labels.
+    # With labels alone transformers would shift them by one; with shift_labels it only checks that labels are there.
     return network, name, lambda network, x, y: network(input_ids=x, labels=y, shift_labels=y.contiguous()).loss
 
 
@@ -104,7 +103,7 @@ def _litgpt(config: Config) -> tuple[nn.Module, Callable[[str], str], Loss]:
     return litgpt.GPT(theirs), name, lambda network, x, y: F.cross_entropy(network(x).flatten(0, 1), y.flatten())
 
 
-# Plain torch, after nanoGPT's model.py
+# Plain torch, in the style of nanoGPT's model.py
 
 
 class PlainBlock(nn.Module):
@@ -142,7 +141,7 @@ class Plain(nn.Module):
         self.unembed = nn.Linear(config.hidden, config.vocab, bias=False)
         device = self.embed.weight.device
         tables = rotary_tables(config.seq_len, config.rotary_dim, config.rotary_base, torch.float32, device)
-        for table, values in zip(("cos", "sin"), tables):  # [seq_len, rotary_dim], both halves alike
+        for table, values in zip(("cos", "sin"), tables):  # [seq_len, rotary_dim]: the second half repeats the first
             self.register_buffer(table, torch.cat((values, values), dim=-1), persistent=False)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -153,12 +152,12 @@ class Plain(nn.Module):
         return self.loss(self.final_norm(x).flatten(0, 1), targets.flatten())
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """x [tokens, hidden], targets [tokens] -> the mean cross-entropy."""
+        """x [tokens, hidden], targets [tokens] -> mean cross-entropy in nats."""
         return F.cross_entropy(self.unembed(x), targets)
 
 
 def rotate_half(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of the first columns of t [batch, heads, seq, head_dim], as many as cos has."""
+    """Apply rotary embedding to the first rotary_dim columns of t [.., head_dim]; cos and sin are [.., rotary_dim]."""
     rotated, rest = t[..., : cos.shape[-1]], t[..., cos.shape[-1] :]
     a, b = rotated.chunk(2, dim=-1)
     return torch.cat((rotated * cos + torch.cat((-b, a), dim=-1) * sin, rest), dim=-1).to(t.dtype)
@@ -172,7 +171,7 @@ def _plain(config: Config) -> tuple[nn.Module, Callable[[str], str], Loss]:
     return Plain(config), _plain_name, lambda network, x, y: network(x, y)
 
 
-# The same with what Liger-Kernel has for such a network: LayerNorm, and unembedding with cross-entropy
+# Plain torch with the kernels of Liger-Kernel that fit this network: LayerNorm, and unembedding with cross-entropy
 
 
 def _liger(config: Config) -> tuple[nn.Module, Callable[[str], str], Loss]:

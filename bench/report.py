@@ -1,9 +1,9 @@
-"""From the JSON of a measurement to text: the table of bench.step, and those of README.md and bench/README.md.
+"""Tables of the results of bench.step: its own table, and those of README.md and bench/README.md.
 
-    python -m bench.report             write the tables of both from the files of bench/results/
-    python -m bench.report --check     fail if they do not say what the files say
+    python -m bench.report             write the tables of both READMEs from the files of bench/results/
+    python -m bench.report --check     fail if a table is not up to date
 
-No number is in them that is not in a file, or computed from some that are.
+Every number in a table is in a file of results, or is computed from numbers that are.
 """
 
 import json
@@ -21,24 +21,28 @@ PRECISION = {"fp32": "fp32", "bf16": "bf16", "own": "own precision"}
 BEGIN, END = "<!-- by python -m bench.report -->", "<!-- end -->"
 
 
-def shares(report: dict, tokens_per_s: float) -> dict[str, float]:
-    """Of what the machine could do, by what it is measured: "MFU" of the data sheet, where it is known, "of GEMM" of
-    the large product that was measured in the same run; both again with only causal attention credited."""
+def utilization(report: dict, tokens_per_s: float) -> dict[str, float]:
+    """Model FLOP/s as a fraction of what the machine could do.
+
+    MFU is the fraction of the datasheet's peak, if that is known; "of GEMM" is the fraction of a large matmul measured
+    in the same run. The causal ones count only the causal half of attention.
+    """
     flops, causal = report["flops_per_token"], report["flops_per_token_causal"]
-    peak, product = report["peak_flops_per_s"], report["gemm_flops_per_s"]
-    sheet = {"MFU": flops / peak, "causal MFU": causal / peak} if peak else {}
-    found = {**sheet, "of GEMM": flops / product, "causal": causal / product}
-    return {name: share * tokens_per_s for name, share in found.items()}
+    peak, gemm = report["peak_flops_per_s"], report["gemm_flops_per_s"]
+    mfu = {"MFU": flops / peak, "causal MFU": causal / peak} if peak else {}
+    fractions = {**mfu, "of GEMM": flops / gemm, "causal": causal / gemm}
+    return {name: fraction * tokens_per_s for name, fraction in fractions.items()}
 
 
 # bench.step
 
 
 def step_table(report: dict, allocator: str) -> str:
-    """One line an arm of what bench.step has written, and below what disturbed the measurements."""
+    """One line for each arm of a report of bench.step, then how many measurements were disturbed."""
     records, gpu = report["runs"][allocator], report["machine"]["gpu"]
     ours = records["tripod"] if "summary" in records["tripod"] else None
-    rows, notes, threads = [], [], {}
+    rows, notes = [], []
+    threads = {}  # a dict as an ordered set: the number of threads of each arm
     for name, record in records.items():
         if "summary" not in record:
             notes.append(f"{name:<16}{record['missing']}")
@@ -61,7 +65,7 @@ def step_table(report: dict, allocator: str) -> str:
             row |= {name: f"{calls[name]:,}" if name in calls else "?" for name in ("launches", "syncs")}
         else:
             row |= {"faults/step": f"{m['page_faults_per_step']:,.0f}"}
-        rows.append(row | {name: f"{share:.1%}" for name, share in shares(report, m["tokens_per_s"]).items()})
+        rows.append(row | {name: f"{x:.1%}" for name, x in utilization(report, m["tokens_per_s"]).items()})
     lines = [*aligned(rows), *notes]
     summaries = [record["summary"] for record in records.values() if "summary" in record]
     if not gpu:
@@ -77,7 +81,7 @@ def step_table(report: dict, allocator: str) -> str:
 
 
 def aligned(rows: list[dict[str, str]]) -> list[str]:
-    """Lines of a table whose rows map headings to cells; the first column to the left, the others to the right."""
+    """Lines of a table. Each row maps headings to cells. The first column is aligned left, the others right."""
     if not rows:
         return []
     cells = [list(rows[0]), *(list(row.values()) for row in rows)]
@@ -93,9 +97,9 @@ def aligned(rows: list[dict[str, str]]) -> list[str]:
 
 
 def results(folder: Path) -> dict[Path, dict]:
-    """What bench.step has written in a folder and those in it, by file: GPUs first, then by machine and size.
+    """The reports of bench.step in a folder and its subfolders, by file: GPUs first, then by machine and size.
 
-    Raises UserError on a damaged file.
+    Raises UserError if a file is damaged.
     """
     found = {}
     for path in sorted(folder.rglob("*.json")):
@@ -115,7 +119,7 @@ def results(folder: Path) -> dict[Path, dict]:
 
 
 def readme_table(found: dict[Path, dict], base: Path) -> str:
-    """The table of README.md, a line for each comparison: every number in it is of the file that the line links to."""
+    """The table of README.md. Each line is one comparison and links to the file that has its numbers."""
     asked = {peer for report in found.values() for peer in report["settings"]["against"]}
     peers = [peer for peer in PACKAGES if peer in asked]
     head = ("machine", "Pythia", "tokens a step", "tokens/s", *peers, "MFU", "memory", "file")
@@ -133,7 +137,7 @@ def readme_table(found: dict[Path, dict], base: Path) -> str:
                 f"{settings['batch']} x {settings['seq_len']}, {PRECISION[settings['precision']]}",
                 f"{rate:,.0f}",
                 *(_times(records, peer, rate) for peer in peers),
-                _share(report, rate),
+                _mfu(report, rate),
                 _memory(records),
                 f"[{path.name}]({path.relative_to(base).as_posix()})",
             ]
@@ -142,14 +146,14 @@ def readme_table(found: dict[Path, dict], base: Path) -> str:
 
 
 def whole_tables(found: dict[Path, dict], base: Path) -> str:
-    """The tables of bench/README.md: of every file what bench.step has printed."""
+    """The tables of bench/README.md: for every file the table that bench.step printed."""
     parts = []
     for path, report in found.items():
         settings, versions = report["settings"], report["machine"]["versions"]
         shape = f"{settings['size']}, {settings['batch']} x {settings['seq_len']} tokens"
-        with_ = ", ".join(f"{package} {found}" for package, found in versions.items() if found and package != "python")
+        packages = ", ".join(f"{name} {found}" for name, found in versions.items() if found and name != "python")
         name = path.relative_to(base).as_posix()
-        parts.append(f"[{path.name}]({name}): {shape}, {PRECISION[settings['precision']]}; {with_}")
+        parts.append(f"[{path.name}]({name}): {shape}, {PRECISION[settings['precision']]}; {packages}")
         for allocator in report["runs"]:
             table = f"{allocator} allocator\n{step_table(report, allocator)}"
             parts.append("\n".join(f"    {line}".rstrip() for line in table.splitlines()))
@@ -157,7 +161,7 @@ def whole_tables(found: dict[Path, dict], base: Path) -> str:
 
 
 def _times(records: dict[str, dict], peer: str, rate: float) -> str:
-    """How many times as long as Tripod a peer takes, eager and compiled."""
+    """The time of a peer over the time of Tripod, eager and compiled."""
 
     def times(name: str) -> str:
         if name not in records:
@@ -170,11 +174,11 @@ def _times(records: dict[str, dict], peer: str, rate: float) -> str:
     return "–" if found == ("–", "–") else " / ".join(found)
 
 
-def _share(report: dict, rate: float) -> str:
-    share = shares(report, rate)
-    if "MFU" in share:
-        return f"{share['MFU']:.0%} ({share['causal MFU']:.0%})"
-    return f"{share['of GEMM']:.0%} ({share['causal']:.0%}) of GEMM"
+def _mfu(report: dict, rate: float) -> str:
+    fractions = utilization(report, rate)
+    if "MFU" in fractions:
+        return f"{fractions['MFU']:.0%} ({fractions['causal MFU']:.0%})"
+    return f"{fractions['of GEMM']:.0%} ({fractions['causal']:.0%}) of GEMM"
 
 
 def _memory(records: dict[str, dict]) -> str:
@@ -192,7 +196,7 @@ def main() -> None:
         path, old = ROOT / file, (ROOT / file).read_text()
         new = replace_table(old, make(results(RESULTS), path.parent))
         if check and new != old:
-            raise UserError(f"{file} does not say what bench/results does: run python -m bench.report")
+            raise UserError(f"{file} is not up to date with bench/results: run python -m bench.report")
         if not check:
             path.write_text(new)
 
@@ -201,9 +205,9 @@ TABLES = {"README.md": readme_table, "bench/README.md": whole_tables}
 
 
 def replace_table(text: str, table: str) -> str:
-    """The text with the table between its two marks. Raises UserError unless each is there once."""
+    """Put the table between the two marks of the text. Raises UserError unless the text has each mark once."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise UserError(f"it takes one {BEGIN} and one {END}, with the table of speeds between them")
+        raise UserError(f"the file needs one {BEGIN} and one {END}: the table of speeds goes between them")
     return re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n\n{table}\n\n{END}", text, flags=re.DOTALL)
 
 

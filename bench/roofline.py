@@ -1,16 +1,17 @@
-"""Where the time of a training step goes: every op beside the least time in which this machine could do it.
+"""Where the time of a training step goes: every op beside the least time that this machine needs for it.
 
     python -m bench.roofline --size 160m --json FILE --plot FILE.png
 
-The ceilings are measured first: bytes/s of a copy, and FLOP/s of a large square product. An op's floor is the time in
-which these would compute the FLOPs of its products, or read its inputs and write its outputs once, whichever is longer.
-Then, in turns, so that all see the same machine, every op is timed alone, on the shapes and in the dtypes in which the
-model calls it, and so is the whole step, which is train.py's own. What the ops leave of the step passes between them:
-launches, waiting, small tensors. It is less than nothing where ops take longer alone, as they may on a GPU, where alone
-they start with an empty cache.
+First the ceilings are measured: bytes/s of a large copy and FLOP/s of a large square matmul. The floor of an op is the
+time that its matmuls take at this FLOP/s, or the time to read its inputs and write its outputs once at these bytes/s,
+whichever is longer. Then every op is timed alone, with the shapes and dtypes of the model, and so is the whole step of
+train.py. Ceilings, step and ops take turns, so a slow phase of the machine slows all of them.
 
-On a CPU floors by bytes may be passed: small tensors are found in its caches, and to write where one has read costs
-less than a copy.
+"Between the ops" is the time of the step less the time of all ops: launches, waiting, small tensors. It can be
+negative, because on a GPU an op that is timed alone starts with an empty cache.
+
+On a CPU an op may be faster than its floor by bytes. Small tensors are in a cache, and writing in place costs less than
+a copy.
 """
 
 import gc
@@ -32,18 +33,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from bench.ceilings import (
-    ForeignCPU,
-    clock,
-    copy_bandwidth,
-    flush_of,
-    machine,
-    measure,
-    product_ceiling,
-    undisturbed,
-)
-from bench.kernel_measure import differentiable, incoming_gradients, outputs_of
-from bench.kernel_peers import (
+from bench.arm import random_model
+from bench.ceilings import copy_bandwidth, machine, matmul_ceiling
+from bench.kernels.measure import differentiable, incoming_gradients, outputs_of
+from bench.kernels.peers import (
     Floor,
     attention_floor,
     attention_inputs,
@@ -51,7 +44,8 @@ from bench.kernel_peers import (
     gelu_floor,
     layer_norm_floor,
 )
-from bench.step import random_model
+from bench.roofline_report import BETWEEN, plot, rate_of, text
+from bench.timing import ForeignCPU, clock, flush_of, measure, undisturbed
 from kernels import add_dual_layer_norm, add_layer_norm, bias_gelu, linear, linear_cross_entropy, rotary_attention
 from kernels.backend import triton_runs
 from kernels.cross_entropy import CHUNK, TRITON_CHUNK
@@ -65,22 +59,22 @@ from runtime.ranks import Dist
 from step import Step, make_optimizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TURNS = 3  # in which every op and the step are measured
-STEPS = 3  # of a turn, after one that does not count
-BETWEEN = "between the ops"
+TURNS = 3  # in each of them the ceilings, the step and every op are measured
+STEPS = 3  # timed steps of a turn, after one that is not timed
 
 
 def parse(arguments: list[str]) -> Namespace:
-    """The settings of a command line. Raises UserError on one that can not work."""
+    """Parse the command line. Raises UserError if a setting cannot work."""
     cuda = torch.cuda.is_available()
     size, batch, seq_len, precision = ("160m", 8, 2048, "bf16") if cuda else ("14m", 4, 512, "fp32")
     parser = Parser(prog="bench.roofline", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--size", default=size, metavar="NAMES", help=f"one Pythia or more, as 14m,70m ({size})")
-    parser.add_argument("--batch", type=int, default=batch, metavar="N", help=f"rows of a step ({batch})")
-    parser.add_argument("--seq-len", type=int, default=seq_len, metavar="N", help=f"tokens of a row ({seq_len})")
-    parser.add_argument("--precision", choices=list(DTYPES), default=precision, help=f"of products ({precision})")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number there")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it; of several sizes FILE-SIZE.png each")
+    add = parser.add_argument
+    add("--size", default=size, metavar="NAMES", help=f"sizes, as 14m,70m (default: {size})")
+    add("--batch", type=int, default=batch, metavar="N", help=f"rows of a step (default: {batch})")
+    add("--seq-len", type=int, default=seq_len, metavar="N", help=f"tokens of a row (default: {seq_len})")
+    add("--precision", choices=list(DTYPES), default=precision, help=f"of the matmuls (default: {precision})")
+    add("--json", type=Path, metavar="FILE", help="write every number to this file")
+    add("--plot", type=Path, metavar="FILE.png", help="draw a chart (several sizes: FILE-SIZE.png)")
     s = parser.parse_args(arguments)
     s.sizes = list(dict.fromkeys(s.size.split(",")))
     if unknown := set(s.sizes) - set(SIZES):
@@ -96,13 +90,13 @@ def parse(arguments: list[str]) -> Namespace:
         if s.plot.suffix != ".png":
             raise UserError(f"--plot {s.plot}: the name of a picture must end in .png")
         try:
-            import matplotlib  # noqa: F401 (better now than after all has been measured)
+            import matplotlib  # noqa: F401 (fail now, not after the measurement)
         except ImportError:
             raise UserError("--plot needs matplotlib: pip install matplotlib") from None
     return s
 
 
-# The ops of a step
+# ---- the ops of a step
 
 
 class Op(NamedTuple):
@@ -110,15 +104,15 @@ class Op(NamedTuple):
     calls: int  # in a step
     floor: Floor  # of one call
     build: Callable[[], tuple[Callable, Callable[[], tuple[Tensor, ...]]]]
-    """Make inputs; what is timed, and what is to be done before each round of it and gives its arguments."""
+    """Makes the inputs. Returns the function to time, and the setup before each round, which returns its arguments."""
 
 
-class Form(NamedTuple):
-    """What the shapes and dtypes of a step follow from; config.seq_len is that of the step."""
+class StepSpec(NamedTuple):
+    """Determines the shapes and dtypes of a step, and makes tensors of them."""
 
-    config: Config
+    config: Config  # with the seq_len of the step
     batch: int
-    dtype: torch.dtype  # of activations and products; parameters are float32
+    dtype: torch.dtype  # of activations and matmuls; parameters are float32
     device: torch.device
 
     @property
@@ -126,14 +120,14 @@ class Form(NamedTuple):
         return self.batch * self.config.seq_len
 
     def draw(self, *shape: int, dtype: torch.dtype | None = None, grad: bool = True) -> Tensor:
-        """Normal numbers, small enough that no sum of them overflows or saturates."""
+        """0.1 * randn: small enough that no sum overflows or saturates."""
         return (0.1 * torch.randn(shape, device=self.device)).to(dtype or self.dtype).requires_grad_(grad)
 
     def activation(self, width: int, grad: bool = True) -> Tensor:
         return self.draw(self.batch, self.config.seq_len, width, grad=grad)
 
     def vectors(self, *widths: int) -> list[Tensor]:
-        """Biases, or the weights and biases of LayerNorms."""
+        """One float32 vector for each width: biases, or the weights and biases of LayerNorms."""
         return [self.draw(width, dtype=torch.float32) for width in widths]
 
     def ids(self) -> Tensor:
@@ -160,7 +154,7 @@ def _both(function: Callable, make: Callable[[], tuple[Tensor, ...]]):
 
 
 def projections(config: Config) -> dict[str, tuple[int, int, bool]]:
-    """in, out, and whether the bias is added there, of the four of a layer."""
+    """The four projections of a layer: (in, out, whether linear adds the bias)."""
     hidden, ffn = config.hidden, config.ffn
     return {
         "qkv": (hidden, 3 * hidden, True),
@@ -170,35 +164,38 @@ def projections(config: Config) -> dict[str, tuple[int, int, bool]]:
     }
 
 
-def projection_ops(name: str, form: Form) -> list[Op]:
-    """The three products of a projection, 2 tokens in out FLOPs each. Every one reads two, and writes the third, of an
-    input [tokens, in], a weight [in, out] and an output [tokens, out]. The gradient of a bias belongs to d_weight."""
-    width, out, biased = projections(form.config)[name]
-    tokens, layers = form.tokens, form.config.layers
-    numbers = tokens * width + width * out + tokens * out
-    floor = Floor(2 * tokens * width * out, numbers * form.dtype.itemsize)
+def projection_ops(name: str, spec: StepSpec) -> list[Op]:
+    """The three matmuls of a projection: forward, d_input, d_weight.
+
+    Each has 2 tokens in out FLOPs. Of the tensors [tokens, in], [in, out] and [tokens, out] it reads two and writes the
+    third. d_weight includes the gradient of the bias.
+    """
+    width, out, has_bias = projections(spec.config)[name]
+    tokens, layers = spec.tokens, spec.config.layers
+    elements = tokens * width + width * out + tokens * out
+    floor = Floor(2 * tokens * width * out, elements * spec.dtype.itemsize)
 
     def inputs(grad: bool = True) -> tuple[Tensor, ...]:
-        return form.activation(width, grad), form.draw(out, width), *form.vectors(*[out] * biased)
+        return spec.activation(width, grad), spec.draw(out, width), *spec.vectors(*[out] * has_bias)
 
     def d_input() -> tuple[Tensor, Tensor]:
-        return form.activation(out, grad=False), form.draw(out, width, grad=False).T
+        return spec.activation(out, grad=False), spec.draw(out, width, grad=False).T
 
     return [
         Op(f"{name} forward", layers, floor, partial(_forward, linear, inputs)),
-        Op(f"{name} d_input", layers, floor, partial(_forward, product, d_input)),  # as backward of linear calls it
+        Op(f"{name} d_input", layers, floor, partial(_forward, product, d_input)),  # as the backward of linear calls it
         Op(f"{name} d_weight", layers, floor, partial(_backward, linear, partial(inputs, grad=False))),
     ]
 
 
-def loss_products(form: Form) -> list[Op]:
-    """The three products inside linear_cross_entropy, one call a chunk of tokens."""
-    tokens, vocab, hidden = form.tokens, form.config.vocab, form.config.hidden
-    chunk = min(tokens, TRITON_CHUNK if triton_runs(torch.empty(0, dtype=form.dtype, device=form.device)) else CHUNK)
-    numbers = chunk * hidden + chunk * vocab + vocab * hidden
-    floor = Floor(2 * chunk * vocab * hidden, numbers * form.dtype.itemsize)
+def loss_matmuls(spec: StepSpec) -> list[Op]:
+    """The three matmuls inside linear_cross_entropy, with one call for each chunk of tokens."""
+    tokens, vocab, hidden = spec.tokens, spec.config.vocab, spec.config.hidden
+    chunk = min(tokens, TRITON_CHUNK if triton_runs(torch.empty(0, dtype=spec.dtype, device=spec.device)) else CHUNK)
+    elements = chunk * hidden + chunk * vocab + vocab * hidden
+    floor = Floor(2 * chunk * vocab * hidden, elements * spec.dtype.itemsize)
     chunks = -(-tokens // chunk)
-    draw = partial(form.draw, grad=False)
+    draw = partial(spec.draw, grad=False)
     calls = {
         "forward": (product, lambda: (draw(chunk, hidden), draw(vocab, hidden))),
         "d_input": (product, lambda: (draw(chunk, vocab), draw(vocab, hidden).T)),
@@ -207,14 +204,14 @@ def loss_products(form: Form) -> list[Op]:
     return [Op(f"unembed {name}", chunks, floor, partial(_forward, *call)) for name, call in calls.items()]
 
 
-def network_ops(form: Form) -> list[Op]:
-    """Every op of forward and backward, as model/pythia.py calls it. Floors count tensors, not vectors or ids."""
-    config, batch, itemsize = form.config, form.batch, form.dtype.itemsize
+def network_ops(spec: StepSpec) -> list[Op]:
+    """Every op of forward and backward, as model/pythia.py calls it. Floors do not count vectors and token ids."""
+    config, batch, itemsize = spec.config, spec.batch, spec.dtype.itemsize
     layers, hidden, vocab, ffn = config.layers, config.hidden, config.vocab, config.ffn
-    stream, table = form.tokens * hidden, vocab * hidden  # numbers in [batch, seq, hidden], and in an embedding
+    stream, table = spec.tokens * hidden, vocab * hidden  # elements of [batch, seq, hidden] and of an embedding
 
     def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
-        return F.embedding(tokens, weight).to(form.dtype)
+        return F.embedding(tokens, weight).to(spec.dtype)
 
     def first_norms(x: Tensor, *norms: Tensor) -> tuple[Tensor, ...]:
         return add_dual_layer_norm(x, None, None, *norms, config.eps)
@@ -229,13 +226,13 @@ def network_ops(form: Form) -> list[Op]:
         return bias_gelu(h, bias, config.gelu)
 
     def embedding_inputs() -> tuple[Tensor, Tensor]:
-        return form.ids(), form.draw(vocab, hidden, dtype=torch.float32)
+        return spec.ids(), spec.draw(vocab, hidden, dtype=torch.float32)
 
     def streams(n: int, vectors: int) -> tuple[Tensor, ...]:
-        return *(form.activation(hidden) for _ in range(n)), *form.vectors(*[hidden] * vectors)
+        return *(spec.activation(hidden) for _ in range(n)), *spec.vectors(*[hidden] * vectors)
 
     def loss_inputs() -> tuple[Tensor, ...]:
-        return form.draw(form.tokens, hidden), form.draw(vocab, hidden, dtype=torch.float32), form.ids().flatten()
+        return spec.draw(spec.tokens, hidden), spec.draw(vocab, hidden, dtype=torch.float32), spec.ids().flatten()
 
     def pair(name: str, calls: int, floors: tuple[Floor, Floor], function: Callable, make: Callable) -> list[Op]:
         passes = ("forward", _forward), ("backward", _backward)
@@ -245,46 +242,49 @@ def network_ops(form: Form) -> list[Op]:
         return floor_of(config, batch, "forward", itemsize), floor_of(config, batch, "backward", itemsize)
 
     def moved(forward: int, backward: int) -> tuple[Floor, Floor]:
-        """Floors of so many passes over the residual stream."""
+        """Floors of ops that read and write the residual stream so many times."""
         return Floor(0, forward * stream * itemsize), Floor(0, backward * stream * itemsize)
 
     embedding_floors = Floor(0, stream * (4 + itemsize)), Floor(0, stream * itemsize + 4 * table)
     loss_floor = cross_entropy_floor(config, batch, "both", itemsize)
-    attention = partial(attention_inputs, config, batch, torch.empty(0, dtype=form.dtype, device=form.device))
+    attention = partial(attention_inputs, config, batch, torch.empty(0, dtype=spec.dtype, device=spec.device))
     return [
         *pair("embedding", 1, embedding_floors, embedding, embedding_inputs),
-        *pair("first norms", 1, moved(3, 5), first_norms, lambda: streams(1, 4)),  # x; u, v and x, dx', du, dv; dx
+        *pair("first norms", 1, moved(3, 5), first_norms, lambda: streams(1, 4)),  # x; u, v | x, dx', du, dv; dx
         *pair("add_dual_layer_norm", layers - 1, floors(layer_norm_floor), norms, lambda: streams(3, 5)),
-        *(op for name in projections(config) for op in projection_ops(name, form)),
+        *(op for name in projections(config) for op in projection_ops(name, spec)),
         *pair("rotary_attention", layers, floors(attention_floor), rotary_attention, attention),
-        *pair("bias_gelu", layers, floors(gelu_floor), gelu, lambda: (form.activation(ffn), *form.vectors(ffn))),
-        *pair("last norm", 1, moved(5, 3), last_norm, lambda: streams(3, 3)),  # x, attn, mlp; x', u and x', du; dx
+        *pair("bias_gelu", layers, floors(gelu_floor), gelu, lambda: (spec.activation(ffn), *spec.vectors(ffn))),
+        *pair("last norm", 1, moved(5, 3), last_norm, lambda: streams(3, 3)),  # x, attn, mlp; x', u | x', du; dx
         Op("linear_cross_entropy", 1, loss_floor, partial(_both, linear_cross_entropy, loss_inputs)),
     ]
 
 
-def build_step(form: Form) -> Step:
-    """train.py's step. At a learning rate of 0 every one is like the first."""
-    model, ranks = random_model(form.config, form.device), Dist(device=form.device)
-    model.compute_dtype = form.dtype
-    return Step(model, Gradients(model, ranks, "none"), make_optimizer(model, 0.0), ranks)
+def build_step(spec: StepSpec) -> Step:
+    """The step of train.py. The learning rate is 0, so all steps are equal."""
+    model, dist = random_model(spec.config, spec.device), Dist(device=spec.device)
+    model.compute_dtype = spec.dtype
+    return Step(model, Gradients(model, dist, "none"), make_optimizer(model, 0.0), dist)
 
 
-def update_ops(form: Form, step: Step) -> list[Op]:
-    """What a step does with gradients, which it must have when these are timed, and with parameters. AdamW reads a
-    parameter, its gradient and two moments, and writes all but the gradient. In half precision CastWeights casts
-    weights, and writes their gradients in float32; with a CUDA graph all are added to what lies there, and zeroed."""
+def update_ops(spec: StepSpec, step: Step) -> list[Op]:
+    """What a step does with weights and gradients besides forward and backward.
+
+    The gradients must exist when these ops are timed. AdamW reads a parameter, its gradient and two moments, and writes
+    all but the gradient. In half precision the weights of the projections are cast, and their gradients are cast to
+    float32. With a CUDA graph gradients are added to existing ones, which are zeroed after the update.
+    """
     parameters, rounded = step.gradients.parameters, {weight: copy for _, weight, copy in step.cast_weights.casts}
-    numbers, one = form.config.parameters, torch.ones((), device=form.device)
-    # What is added to gradients is as large as this.
+    count, one = spec.config.parameters, torch.ones((), device=spec.device)
+    # weight -> a tensor of the shape and dtype that is added to its gradient
     added = {weight: rounded.get(weight, weight) for weight in parameters} if step.graph else rounded
 
-    def round_weights() -> None:
+    def cast_weights() -> None:
         with step.cast_weights:
             pass
 
     @torch.no_grad()
-    def add_up() -> None:
+    def accumulate() -> None:
         for weight, gradient in added.items():
             if step.graph:
                 weight.grad += gradient
@@ -292,37 +292,37 @@ def update_ops(form: Form, step: Step) -> list[Op]:
                 gradient.to(weight.dtype)
 
     def update() -> None:
-        step.optimizer.grad_scale = one  # divides gradients, and leaves them so
+        step.optimizer.grad_scale = one  # AdamW divides the gradients by it in place: keep them
         step.optimizer.step()
 
     def moved(read: dict[Tensor, Tensor], others: int) -> int:
-        """Bytes: of tensors that are read, and `others` for each of their numbers."""
+        """Bytes: of reading these tensors, and `others` for each of their elements."""
         return sum((tensor.itemsize + others) * tensor.numel() for tensor in read.values())
 
     calls = [
-        ("weights rounded", moved(rounded, 4), round_weights),
-        ("gradients added up", moved(added, 8 if step.graph else 4), add_up),
-        ("norm of gradients", 4 * numbers, step.gradients.squared_norm),
-        ("clipping and AdamW", 28 * numbers, update),
-        ("gradients zeroed", 4 * numbers if step.graph else 0, partial(step.optimizer.zero_grad, set_to_none=False)),
+        ("cast of weights", moved(rounded, 4), cast_weights),
+        ("sum of gradients", moved(added, 8 if step.graph else 4), accumulate),
+        ("norm of gradients", 4 * count, step.gradients.squared_norm),
+        ("clipping and AdamW", 28 * count, update),
+        ("zeroing of gradients", 4 * count if step.graph else 0, partial(step.optimizer.zero_grad, set_to_none=False)),
     ]
-    return [Op(name, 1, Floor(0, moved), lambda call=call: (call, tuple)) for name, moved, call in calls if moved]
+    return [Op(name, 1, Floor(0, size), lambda call=call: (call, tuple)) for name, size, call in calls if size]
 
 
-# Measured
+# ---- the measurement
 
 
 class Measured(NamedTuple):
-    ops: dict[str, list[float]]  # name -> seconds of one call, in every round
+    ops: dict[str, list[float]]  # name -> seconds of one call in each round
     steps: list[float]  # seconds of every step
     ceilings: Floor  # FLOP/s and bytes/s
-    foreign_cpu: float | None  # share of the CPU that other processes took meanwhile
+    foreign_cpu: float | None  # fraction of the CPU time that other processes took
 
 
-def measure_step(form: Form, ops: list[Op], step: Step, flush: Callable) -> Measured:
-    """In each of some turns the ceilings, of which the best counts, some whole steps, and some rounds of every op."""
-    device = form.device
-    tokens = torch.randint(form.config.vocab, (1, form.batch, form.config.seq_len + 1), device=device)
+def measure_step(spec: StepSpec, ops: list[Op], step: Step, flush: Callable) -> Measured:
+    """In each turn measure the ceilings, whole steps, and every op. The best ceilings of all turns are returned."""
+    device = spec.device
+    tokens = torch.randint(spec.config.vocab, (1, spec.batch, spec.config.seq_len + 1), device=device)
     now = clock(device)
 
     def steps() -> list[float]:
@@ -333,11 +333,11 @@ def measure_step(form: Form, ops: list[Op], step: Step, flush: Callable) -> Meas
             moments.append(now())
         return [after - before for before, after in pairwise(moments)]
 
-    watch, products, copies, step_seconds, seconds = ForeignCPU(), [], [], [], {op.name: [] for op in ops}
-    steps()  # everything is compiled, and memory allocated
-    with tqdm(total=TURNS * len(ops), desc=form.config.name, leave=False) as progress:
+    watch, matmuls, copies, step_seconds, seconds = ForeignCPU(), [], [], [], {op.name: [] for op in ops}
+    steps()  # compile everything and allocate the memory
+    with tqdm(total=TURNS * len(ops), desc=spec.config.name, leave=False) as progress:
         for _ in range(TURNS):
-            products.append(product_ceiling(form.dtype, device, flush))
+            matmuls.append(matmul_ceiling(spec.dtype, device, flush))
             copies.append(copy_bandwidth(device, flush))
             step_seconds += undisturbed(steps, device)
             step.forward_backward(tokens)  # gradients for update_ops
@@ -345,16 +345,16 @@ def measure_step(form: Form, ops: list[Op], step: Step, flush: Callable) -> Meas
                 call, setup = op.build()
                 seconds[op.name] += measure(call, device, flush, setup)
                 progress.update()
-    return Measured(seconds, step_seconds, Floor(max(products), max(copies)), watch.share())
+    return Measured(seconds, step_seconds, Floor(max(matmuls), max(copies)), watch.fraction())
 
 
-# The report
+# ---- the results
 
 
 def row(op: Op, seconds: list[float], ceilings: Floor) -> dict:
-    """What is reported of an op: of all its calls in a step, and the spread of one call."""
-    flops, moved = op.calls * op.floor.flops, op.calls * op.floor.bytes
-    least = {"flops": flops / ceilings.flops, "bytes": moved / ceilings.bytes}
+    """What is reported of an op: totals of all its calls in a step, and the spread of one call."""
+    flops, size = op.calls * op.floor.flops, op.calls * op.floor.bytes
+    least = {"flops": flops / ceilings.flops, "bytes": size / ceilings.bytes}
     bound = max(least, key=least.get)
     return {
         "op": op.name,
@@ -362,187 +362,51 @@ def row(op: Op, seconds: list[float], ceilings: Floor) -> dict:
         "seconds": op.calls * median(seconds),
         "call_seconds": {"min": min(seconds), "median": median(seconds), "max": max(seconds), "rounds": len(seconds)},
         "flops": flops,
-        "bytes": moved,
+        "bytes": size,
         "bound": bound,
         "floor_seconds": least[bound],
     }
 
 
-def rate_of(rows: list[dict]) -> float:
-    """FLOP/s of some rows together."""
-    return sum(row["flops"] for row in rows) / sum(row["seconds"] for row in rows)
+def summarize(spec: StepSpec, rows: list[dict], measured: Measured, peak: float | None) -> dict:
+    """What is reported of the whole step.
 
-
-def summarize(form: Form, rows: list[dict], measured: Measured, peak: float | None) -> dict:
-    """The step as a whole. MFU is model FLOPs of a second over a rate, with all of the scores of attention credited and
-    with their causal half: as measured, and if every op took its floor."""
+    mfu is model FLOP/s over a reference rate; mfu_at_floors is the same if every op took its floor. "full" counts all
+    scores of attention, "causal" only the causal half.
+    """
     seconds, floor = median(measured.steps), sum(row["floor_seconds"] for row in rows)
-    flops = {which: form.tokens * form.config.flops_per_token(causal=which == "causal") for which in ("full", "causal")}
-    rates = {"the large product": measured.ceilings.flops} | ({"the data sheet": peak} if peak else {})
+    flops = {which: spec.tokens * spec.config.flops_per_token(causal=which == "causal") for which in ("full", "causal")}
+    references = {"the large product": measured.ceilings.flops} | ({"the data sheet": peak} if peak else {})
     return {
         "seconds": seconds,
         "seconds_min": min(measured.steps),
         "seconds_max": max(measured.steps),
         "steps": len(measured.steps),
-        "tokens_per_s": form.tokens / seconds,
+        "tokens_per_s": spec.tokens / seconds,
         "ops_seconds": sum(row["seconds"] for row in rows),
         "floor_seconds": floor,
         "copy_bytes_per_s": measured.ceilings.bytes,
         "large_product_flops_per_s": measured.ceilings.flops,
         "foreign_cpu": measured.foreign_cpu,
         "flops": flops,
-        "mfu": {of: {which: n / seconds / rate for which, n in flops.items()} for of, rate in rates.items()},
-        "mfu_at_floors": {of: {which: n / floor / rate for which, n in flops.items()} for of, rate in rates.items()},
+        "mfu": {name: {k: n / seconds / rate for k, n in flops.items()} for name, rate in references.items()},
+        "mfu_at_floors": {name: {k: n / floor / rate for k, n in flops.items()} for name, rate in references.items()},
     }
 
 
-def above(row: dict) -> float:
-    return row["seconds"] - row["floor_seconds"]
-
-
-def table(rows: list[dict], step: dict) -> str:
-    """One line an op, the one with most to win first; then the step."""
-    lines = [("op", "calls", "ms a step", "of step", "floor ms", "floor by", "reached", "ms above")]
-    for r in sorted(rows, key=above, reverse=True):
-        reached = r["floor_seconds"] / r["seconds"] if r["bound"] else None
-        lines.append(_line(r["op"], r["calls"], r["seconds"], step["seconds"], r["floor_seconds"], r["bound"], reached))
-    reached = step["floor_seconds"] / step["seconds"]
-    lines.append(_line("the step", 1, step["seconds"], step["seconds"], step["floor_seconds"], None, reached))
-    return aligned(lines)
-
-
-def _line(op: str, calls: int, seconds: float, step: float, floor: float, bound: str | None, reached: float | None):
-    return (
-        op,
-        f"{calls}",
-        f"{1e3 * seconds:,.2f}",
-        f"{seconds / step:.1%}",
-        f"{1e3 * floor:,.2f}",
-        {"flops": "FLOPs", "bytes": "bytes", None: ""}[bound],
-        "" if reached is None else f"{reached:.0%}",
-        f"{1e3 * (seconds - floor):,.2f}",
-    )
-
-
-def products_table(products: list[dict], ceiling: float) -> str:
-    """The rates of the three products of every weight, a line each."""
-    rates = {row["op"]: rate_of([row]) for row in products}
-    lines = [("TFLOP/s (of the large product)", "forward", "d_input", "d_weight")]
-    for name in dict.fromkeys(op.split()[0] for op in rates):
-        cells = (rates[f"{name} {which}"] for which in lines[0][1:])
-        lines.append((name, *(f"{rate / 1e12:.3g} ({rate / ceiling:.0%})" for rate in cells)))
-    return aligned(lines)
-
-
-def aligned(lines: list[tuple[str, ...]]) -> str:
-    """Columns, of which the first is words and the others are numbers."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    rows = [[cell.rjust(width) for cell, width in zip(line, widths)] for line in lines]
-    return "\n".join("  ".join((line[0].ljust(widths[0]), *row[1:])).rstrip() for line, row in zip(lines, rows))
-
-
-def text(title: str, products: list[dict], attention: float, rows: list[dict], step: dict) -> str:
-    """All that is printed of a size."""
-    large = step["large_product_flops_per_s"]
-    took = f"{1e3 * step['seconds']:,.1f} ms ({1e3 * step['seconds_min']:,.1f}..{1e3 * step['seconds_max']:,.1f})"
-    lines = [
-        f"\n{title}: {took}, {step['tokens_per_s']:,.0f} tokens/s",
-        f"copy {step['copy_bytes_per_s'] / 1e9:,.1f} GB/s, large product {large / 1e12:,.3g} TFLOP/s; all products of "
-        f"the step {rate_of(products) / 1e12:,.3g}, attention {attention / 1e12:,.3g}",
-        "",
-        products_table(products, large),
-        "",
-        table(rows, step),
-    ]
-    for (of, now), best in zip(step["mfu"].items(), step["mfu_at_floors"].values()):
-        causal = f"{now['causal']:.1%} with the causal half of attention"
-        lines.append(f"MFU of {of} {now['full']:.1%}, {causal}; at the floors {best['full']:.1%}, {best['causal']:.1%}")
-    if step["foreign_cpu"] is not None:
-        lines.append(f"other processes took {step['foreign_cpu']:.0%} of the CPU meanwhile")
-    return "\n".join(lines)
-
-
-COLOURS = {  # of the pieces of a bar
-    "flops": ("#2f6fb3", "floor, by FLOPs"),
-    "bytes": ("#2a9d7c", "floor, by bytes"),
-    "above": ("#f2a65a", "above the floor"),
-    "between": ("#9aa3ad", BETWEEN),
-}
-
-
-class Bar(NamedTuple):
-    label: str
-    seconds: float
-    reached: str  # what is written beside it
-    pieces: dict[str, float]  # in seconds, for COLOURS
-
-
-def bars(rows: list[dict], step_seconds: float) -> list[Bar]:
-    """The bars of the picture, the shortest first. What is less than 1/200 of a step is drawn as one."""
-
-    def bar(label: str, rows: list[dict]) -> Bar:
-        pieces = dict.fromkeys(COLOURS, 0.0)
-        for r in rows:
-            if r["bound"]:
-                floor = min(r["floor_seconds"], r["seconds"])  # an op may find its inputs in a cache
-                pieces[r["bound"]] += floor
-                pieces["above"] += r["seconds"] - floor
-            else:
-                pieces["between"] += max(r["seconds"], 0.0)
-        seconds, floors = (sum(r[key] for r in rows) for key in ("seconds", "floor_seconds"))
-        reached = f", {floors / seconds:.0%}" if floors else ""
-        return Bar(label, seconds, f"{1e3 * seconds:,.2f} ms{reached}", pieces)
-
-    small = [r for r in rows if abs(r["seconds"]) <= step_seconds / 200]
-    large = [r for r in rows if r not in small]
-    labels = [r["op"] if r["calls"] == 1 else f"{r['op']}  × {r['calls']}" for r in large]
-    drawn = [bar(label, [r]) for label, r in zip(labels, large)]
-    if small:
-        drawn.append(bar(f"{len(small)} others", small))
-    return sorted(drawn, key=lambda bar: bar.seconds)
-
-
-def plot(path: Path, title: str, subtitle: str, rows: list[dict], step: dict) -> None:
-    """A bar an op, the longest on top: its floor and what is above it, in milliseconds of a step."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    drawn = bars(rows, step["seconds"])
-    figure = Figure(figsize=(10, 2.2 + 0.3 * len(drawn)), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    longest = 1e3 * drawn[-1].seconds
-    for y, bar in enumerate(drawn):
-        left = 0.0
-        for kind, piece in bar.pieces.items():
-            axes.barh(y, 1e3 * piece, left=left, height=0.72, color=COLOURS[kind][0])
-            left += 1e3 * piece
-        axes.text(left + 0.008 * longest, y, bar.reached, va="center", fontsize=8, color="#444444")
-    axes.set_yticks(range(len(drawn)), [bar.label for bar in drawn], fontsize=9)
-    axes.set(xlim=(0, 1.16 * longest), ylim=(-0.6, len(drawn) - 0.4))
-    axes.set_xlabel("milliseconds a step; percent: floor over time taken", fontsize=9)
-    axes.tick_params(axis="y", length=0)
-    axes.tick_params(axis="x", labelsize=8)
-    axes.grid(axis="x", color="#e3e6ea", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", pad=26)
-    axes.annotate(subtitle, (0, 1), (0, 10), "axes fraction", "offset points", fontsize=9, color="#444444")
-    handles = [Patch(color=colour, label=label) for colour, label in COLOURS.values()]
-    axes.legend(handles=handles, loc="lower right", fontsize=9, frameon=False)
-    figure.savefig(path)
+# ---- the command
 
 
 def run(s: Namespace, command: str) -> None:
-    """Measure, print, write and draw, one size after the other."""
+    """Measure one size after the other: print, write and draw the results of each."""
     reuse_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    facts, flush, peak = machine(device), flush_of(device), peak_flops(device)
+    host, flush, peak = machine(device), flush_of(device), peak_flops(device)
     report = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
-        "machine": facts,
-        "gpu": facts["gpu"],
+        "machine": host,
+        "gpu": host["gpu"],
         "threads": torch.get_num_threads(),
         "size": s.size,
         "batch": s.batch,
@@ -557,24 +421,24 @@ def run(s: Namespace, command: str) -> None:
         "products": [],
         "rows": [],
     }
-    name = facts["gpu"] or f"{facts['cpu']}, {facts['cores']} cores"
-    print(f"{name}; torch {facts['versions']['torch']}; {report['date']}")
+    name = host["gpu"] or f"{host['cpu']}, {host['cores']} cores"
+    print(f"{name}; torch {host['versions']['torch']}; {report['date']}")
     for size in s.sizes:
         try:
-            products, rows, step = measure_size(s, size, device, flush, peak)
+            matmuls, rows, step = measure_size(s, size, device, flush, peak)
         except torch.OutOfMemoryError:
             raise UserError(f"{size} does not fit: lower --batch {s.batch} or --seq-len {s.seq_len}") from None
         attention = rate_of([r for r in rows if r["op"].startswith("rotary_attention")])
-        report["product_flops_per_s"][size], report["attention_flops_per_s"][size] = rate_of(products), attention
+        report["product_flops_per_s"][size], report["attention_flops_per_s"][size] = rate_of(matmuls), attention
         for ceiling in ("copy_bytes_per_s", "large_product_flops_per_s"):
             report[ceiling] = max(report[ceiling], step[ceiling])
         report["steps"][size] = step
-        report["products"] += [{"size": size} | r for r in products]
+        report["products"] += [{"size": size} | r for r in matmuls]
         report["rows"] += [{"size": size} | r for r in rows]
         if s.json:
             s.json.write_text(json.dumps(report, indent=1) + "\n")
         shape = f"{s.batch} x {s.seq_len} tokens a step, {s.precision}"
-        print(text(f"Pythia {size}, {shape}", products, attention, rows, step), flush=True)
+        print(text(f"Pythia {size}, {shape}", matmuls, attention, rows, step), flush=True)
         if s.plot:
             path = s.plot if len(s.sizes) == 1 else s.plot.with_stem(f"{s.plot.stem}-{size}")
             best = f"{1e3 * step['floor_seconds']:,.1f} if every op took its floor"
@@ -585,19 +449,19 @@ def run(s: Namespace, command: str) -> None:
 def measure_size(
     s: Namespace, size: str, device: torch.device, flush: Callable, peak: float | None
 ) -> tuple[list[dict], list[dict], dict]:
-    """The rows of all products, those of all ops with what is between them, and the step."""
-    gc.collect()  # a step with a CUDA graph refers to itself
-    form = Form(replace(SIZES[size], seq_len=s.seq_len), s.batch, DTYPES[s.precision], device)
-    step = build_step(form)
-    ops, unembed = [*network_ops(form), *update_ops(form, step)], loss_products(form)
-    measured = measure_step(form, [*ops, *unembed], step, flush)
+    """Returns the rows of all matmuls, the rows of all ops with the time between them, and the summary of the step."""
+    gc.collect()  # frees the step before: with a CUDA graph it is a reference cycle
+    spec = StepSpec(replace(SIZES[size], seq_len=s.seq_len), s.batch, DTYPES[s.precision], device)
+    step = build_step(spec)
+    ops, unembed = [*network_ops(spec), *update_ops(spec, step)], loss_matmuls(spec)
+    measured = measure_step(spec, [*ops, *unembed], step, flush)
     rows = [row(op, measured.ops[op.name], measured.ceilings) for op in ops]
-    products = [r for r in rows if r["op"].split()[0] in projections(form.config)]
-    products += [row(op, measured.ops[op.name], measured.ceilings) for op in unembed]
-    summary = summarize(form, rows, measured, peak)
+    matmuls = [r for r in rows if r["op"].split()[0] in projections(spec.config)]
+    matmuls += [row(op, measured.ops[op.name], measured.ceilings) for op in unembed]
+    summary = summarize(spec, rows, measured, peak)
     between = summary["seconds"] - summary["ops_seconds"]
     zero = {"flops": 0, "bytes": 0, "bound": None, "floor_seconds": 0.0}
-    return products, [*rows, {"op": BETWEEN, "calls": 1, "seconds": between} | zero], summary
+    return matmuls, [*rows, {"op": BETWEEN, "calls": 1, "seconds": between} | zero], summary
 
 
 def main() -> None:

@@ -1,116 +1,87 @@
-"""One whole training step of Tripod beside what a user would pick: tokens/s, MFU, peak memory, launches, host syncs.
+"""The whole training step of Tripod beside its peers: tokens/s, MFU, peak memory, kernel launches, host syncs.
 
     python -m bench.step --size 160m --against hf,litgpt,liger,plain
 
-A step is forward, backward, clipping of the global norm at 1, fused AdamW and zero_grad, on random tokens, the same for
-all, that lie on the device. Ours is the step of train.py. Every arm (tripod, hf, hf+compile, ...) is a process of its
-own, since peak memory and the allocator belong to a process. On a CPU all are started and warmed up; then each round
-lets them measure one after the other, in random order, while the others wait blocked on a pipe. So all see the same
-machine, and what disturbs one for a while disturbs all. On a GPU, whose memory one arm may fill, they take turns whole.
+A step is forward, backward, clipping of the global norm at 1, fused AdamW and zero_grad. All arms (tripod, hf,
+hf+compile, ...) train on the same random tokens, which are already on the device. Tripod's step is the step of
+train.py. Every arm is a process of its own (bench/arm.py), because a process has one allocator and one peak memory.
+
+On a CPU all arms are started and warmed up. Then in each round the arms measure one after the other, in random order,
+while the others wait on a pipe. So a slow phase of the machine slows all arms. On a GPU one arm may fill the memory, so
+each arm starts, measures and ends before the next one starts.
 """
 
 import json
 import math
-import os
 import random
-import resource
-import select
 import shlex
-import signal
-import subprocess
 import sys
-import tempfile
 import time
-import traceback
 from argparse import SUPPRESS, BooleanOptionalAction, Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from datetime import UTC, datetime
-from importlib import import_module
-from itertools import cycle
 from pathlib import Path
 from statistics import median
 
 import torch
-from torch import Tensor
-from torch.autograd import DeviceType
-from torch.autograd.profiler_util import FunctionEvent
 from tqdm import tqdm
 
-from bench.ceilings import FOREIGN, ForeignCPU, flush_of, machine, product_ceiling, synchronize
-from bench.kernel_measure import reason
-from bench.peers import PACKAGES, build_peer, obstacle
+from bench.arm import Arm, ArmFailed, config_of, dtype_of, serve
+from bench.ceilings import machine, matmul_ceiling
+from bench.peers import PACKAGES, obstacle
 from bench.report import step_table
-from model import SIZES, Config, Pythia
-from model.pythia import init_std
-from model.sizes import VOCAB_USED
-from parallel.fsdp import RECOMPUTE, set_recompute
-from parallel.gradients import Gradients
+from bench.timing import disturbed, flush_of
+from model import SIZES
+from parallel.fsdp import RECOMPUTE
 from plan.report import peak_flops
 from runtime.errors import Parser, UserError, run_command
-from runtime.host import reuse_freed_memory, supports_bf16_matmul
-from runtime.ranks import Dist
-from step import Step, make_optimizer
+from runtime.files import atomic_write
 
-SEED = 1234
-LR = 1e-3
-WARM_UP = 3  # steps: the first compiles, and the second may record a CUDA graph
-BATCHES = 8  # different ones, that take turns
-SHORTEST = 0.5  # seconds of one measurement, about: the kernel counts foreign CPU time in ticks of 10 ms
-ATTEMPTS = 5  # of a measurement
-ROOT = Path(__file__).parents[1]
-
-# glibc's defaults return the logits to the system after every step and fault their pages in anew in the next.
-TUNED = {"MALLOC_MMAP_THRESHOLD_": "4294967295", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
-
-# By how much first losses (in nats) and first gradient norms (relatively) of one network may differ.
+# How far the first loss (in nats) and the first gradient norm (relative) of an arm may differ from Tripod's.
 AGREEMENT = {"fp32": (1e-4, 1e-3), "bf16": (5e-2, 5e-2), "own": (5e-2, 5e-2)}
-
-# What the host calls to queue kernels, and to wait: torch also does that after a copy that it has to wait for.
-LAUNCHES = ("cudaLaunchKernel", "cudaLaunchCooperativeKernel", "cuLaunchKernel", "cudaGraphLaunch")  # with any ending
-SYNCS = {"cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy"}
 
 
 def parse(arguments: list[str]) -> Namespace:
-    """The settings of a command line, with the defaults of this machine. Raises UserError on one that can not work."""
+    """Parse the command line, with defaults for this machine. Raises UserError if a setting cannot work."""
     gpu = torch.cuda.is_available()
     parser = Parser(prog="bench.step", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--size", choices=list(SIZES), default="160m" if gpu else "14m", help="which Pythia (160m; on a CPU 14m)")
-    add("--against", default=",".join(PACKAGES), metavar="NAMES", help=f"of {', '.join(PACKAGES)} (all)")
-    add("--batch", type=int, default=8 if gpu else 4, metavar="N", help="rows of a step (8; on a CPU 4)")
-    add("--seq-len", type=int, default=2048 if gpu else 512, metavar="N", help="tokens of a row (2048; on a CPU 512)")
+    add("--size", choices=list(SIZES), default="160m" if gpu else "14m", help="(default: 160m; on a CPU 14m)")
+    add("--against", default=",".join(PACKAGES), metavar="NAMES", help=f"peers: {', '.join(PACKAGES)} (default: all)")
+    add("--batch", type=int, default=8 if gpu else 4, metavar="N", help="rows of a step (default: 8; on a CPU 4)")
+    seq_len = 2048 if gpu else 512
+    add("--seq-len", type=int, default=seq_len, metavar="N", help="tokens of a row (default: 2048; on a CPU 512)")
     precision = "bf16" if gpu else "fp32"
     add(
         "--precision",
         choices=list(AGREEMENT),
         default=precision,
-        help="bf16: autocast for the peers; own: what each takes unasked, Tripod that of train.py --demo, the peers "
-        "float32 (bf16; on a CPU fp32)",
+        help="bf16: the peers run under autocast; own: the default of each, that of train.py --demo for Tripod and "
+        "float32 for the peers (default: bf16; on a CPU fp32)",
     )
-    add("--recompute", choices=RECOMPUTE, default="none", help="of Tripod alone, as in train.py")
-    add("--rounds", type=int, default=5, metavar="N", help="measurements of every arm (5)")
-    add("--seconds", type=float, metavar="N", help="end by then: fewer rounds, and arms that come late are left out")
+    add("--recompute", choices=RECOMPUTE, default="none", help="for Tripod only, as in train.py")
+    add("--rounds", type=int, default=5, metavar="N", help="measurements of every arm (default: 5)")
+    add("--seconds", type=float, metavar="N", help="time limit: fewer rounds, and no late arms")
     add(
         "--allocator",
         choices=["tuned", "default", "both"],
         default="tuned",
-        help="tuned: glibc keeps freed memory in every arm (this is the default); default: each as a newcomer would "
-        "run it, with nothing compiled before",
+        help="tuned (if not given): glibc keeps freed memory in every arm; default: glibc's defaults and an empty "
+        "compile cache, as on a first run",
     )
-    add("--no-compile", action="store_true", help="leave out the arms under torch.compile")
+    add("--no-compile", action="store_true", help="skip the arms under torch.compile")
     add(
         "--alone",
         action=BooleanOptionalAction,
         default=gpu,
-        help="one arm in memory at a time, in two passes of opposite order (with --seconds, in one): for shapes that "
-        "do not fit together (so on a GPU)",
+        help="one arm in memory at a time, in two passes of opposite order (one pass with --seconds): for shapes "
+        "that do not fit together (default: on a GPU yes, on a CPU no)",
     )
-    add("--json", type=Path, metavar="FILE", help="write every raw number there")
-    add("--arm", help=SUPPRESS)  # this process is that arm, started by the one that the user started
+    add("--json", type=Path, metavar="FILE", help="write every measurement to this file")
+    add("--arm", help=SUPPRESS)  # this process is that arm; bench/arm.py starts it
     s = parser.parse_args(arguments)
-    # `compile` is the plain network, which like every peer runs eager and compiled
+    # `compile` means the plain network, which runs eager and compiled, as every peer does
     s.against = list(dict.fromkeys("plain" if name == "compile" else name for name in s.against.split(",")))
     if unknown := set(s.against) - set(PACKAGES):
         raise UserError(f"--against knows {', '.join(PACKAGES)}, not {', '.join(sorted(unknown))}")
@@ -122,259 +93,13 @@ def parse(arguments: list[str]) -> Namespace:
     return s
 
 
-def shape(s: Namespace) -> Config:
-    return replace(SIZES[s.size], seq_len=s.seq_len)
-
-
-def dtype_of(s: Namespace, name: str) -> torch.dtype:
-    """Of the products of tripod or of a peer."""
-    bf16 = s.precision == "bf16" or (s.precision == "own" and name == "tripod" and supports_bf16_matmul())
-    return torch.bfloat16 if bf16 else torch.float32
-
-
-# One arm: a process that trains when told to
-
-
-def build(s: Namespace, device: torch.device) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """The step of the arm s.arm: tokens [batch, seq_len + 1] -> loss in nats, gradient norm before clipping.
-
-    It does not wait for the device: who reads loss or norm does. The weights of a peer are copied from ours.
-    """
-    name, compiled = s.arm.removesuffix("+compile"), s.arm.endswith("+compile")
-    bf16 = dtype_of(s, name) == torch.bfloat16
-    ours = random_model(shape(s), device)
-    if name == "tripod":
-        ours.compute_dtype = torch.bfloat16 if bf16 else torch.float32
-        set_recompute(ours, s.recompute)
-        if compiled:
-            for block in ours.blocks:
-                block.compile()
-        ranks = Dist(device=device)
-        ours_step = Step(ours, Gradients(ours, ranks, "none"), make_optimizer(ours, LR), ranks)
-
-        def step(tokens: Tensor) -> tuple[Tensor, Tensor]:
-            ours_step.forward_backward(tokens[None])
-            return ours_step.update(LR).unbind()
-
-        return step
-
-    network, loss_of = build_peer(name, ours)
-    optimizer, parameters = make_optimizer(network, LR), list(network.parameters())
-    network = torch.compile(network) if compiled else network
-
-    def step(tokens: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = loss_of(network, tokens[:, :-1], tokens[:, 1:])
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach(), norm
-
-    return step
-
-
-@torch.no_grad()
-def random_model(config: Config, device: torch.device) -> Pythia:
-    """A Pythia with weights of the published distribution, drawn by the device: the same in every arm."""
-    with torch.device("meta"):
-        model = Pythia(config)
-    model.to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(SEED)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
-            parameter.normal_(std=init_std(config, name), generator=generator)
-        else:
-            parameter.fill_("norm" in name and name.endswith("weight"))
-    return model
-
-
-class Runner:
-    """What an arm answers to."""
-
-    def __init__(self, s: Namespace, device: torch.device):
-        self.device, self.step = device, build(s, device)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()  # our weights, of which a peer has a copy, are gone
-        generator, shape = torch.Generator().manual_seed(SEED), (s.batch, s.seq_len + 1)
-        batches = [torch.randint(VOCAB_USED, shape, generator=generator).to(device) for _ in range(BATCHES)]
-        self.batches = cycle(batches)
-
-    def warm_up(self) -> dict:
-        steps = [self.timed_step() for _ in range(WARM_UP)]
-        self.step_seconds = steps[-1]["seconds"]
-        return {"warm_up": steps, "threads": torch.get_num_threads()}
-
-    def timed_step(self) -> dict:
-        began = time.perf_counter()
-        loss, norm = (value.item() for value in self.step(next(self.batches)))
-        synchronize(self.device)
-        return {"seconds": time.perf_counter() - began, "loss": loss, "gradient_norm": norm}
-
-    def measure(self) -> dict:
-        """Steps that take about SHORTEST seconds, timed together; the host waits for the device at the end only."""
-        steps = math.ceil(SHORTEST / self.step_seconds)
-        watch, before = ForeignCPU(), resource.getrusage(resource.RUSAGE_SELF)
-        synchronize(self.device)
-        began = time.perf_counter()
-        for _ in range(steps):
-            self.step(next(self.batches))
-        synchronize(self.device)
-        seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF)
-        faults = after.ru_minflt + after.ru_majflt - before.ru_minflt - before.ru_majflt
-        foreign = watch.share() if self.device.type == "cpu" else None  # a GPU does not feel it
-        self.step_seconds = seconds / steps
-        return {"steps": steps, "seconds": seconds, "page_faults": faults, "foreign_cpu": foreign}
-
-    def count(self) -> dict:
-        """What one more step has the host call. Counting takes time, so it is none that was measured."""
-        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-        synchronize(self.device)
-        with torch.profiler.profile(activities=activities) as profile:
-            with torch.profiler.record_function("step"):
-                self.step(next(self.batches))
-        return {"calls": count_calls(profile.events())}
-
-    def peak_bytes(self) -> int:
-        """The most memory that this process has held: of the device on CUDA, else resident."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def count_calls(events: Iterable[FunctionEvent]) -> dict[str, int] | None:
-    """Kernel launches and host syncs of the step that the events of a profiler tell of; None where the profiler has no
-    access to the calls of CUDA, as a step without a launch can not be."""
-    events = list(events)
-    step = next(e.time_range for e in events if e.name == "step" and e.device_type == DeviceType.CPU)
-    names = [event.name for event in events if step.start <= event.time_range.start < step.end]
-    launches = sum(name.startswith(LAUNCHES) for name in names)
-    return {"launches": launches, "syncs": sum(name in SYNCS for name in names)} if launches else None
-
-
-def serve(s: Namespace) -> None:
-    """Answer every line on stdin, a method of Runner, with what it returns, as a line of JSON on stdout."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not mix with the answers
-
-    def answer(facts: dict) -> None:
-        print(json.dumps(facts), file=answers, flush=True)
-
-    if s.arm.startswith("tripod"):
-        reuse_freed_memory()
-    else:
-        import_module(PACKAGES[s.arm.removesuffix("+compile")])
-    answer({"ready": True})  # what takes long to import is there, and no memory of the device is taken
-    runner = None
-    try:
-        for command in sys.stdin:
-            runner = runner or Runner(s, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-            facts = getattr(runner, command.strip())()
-            answer(facts | {"peak_bytes": runner.peak_bytes()})
-    except Exception as failure:
-        traceback.print_exc()
-        answer({"failed": reason(failure)})
-
-
-# The driver: starts the arms and gives each its turn
-
-
-class ArmFailed(Exception):
-    """An arm can not be measured; the message says why, in one line."""
-
-
-class Arm:
-    """A process that trains when told to; `with` ends it. What it answers is added to `record`.
-
-    Its methods raise ArmFailed when it fails, or when it has not answered at `deadline` (of time.monotonic()).
-    """
-
-    def __init__(self, name: str, record: dict, arguments: list[str], allocator: str, deadline: float):
-        self.record, self.deadline = record, deadline
-        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (end closes it)
-        self.cache = tempfile.TemporaryDirectory()  # a newcomer has compiled nothing yet
-        settings = {"default": {"TORCHINDUCTOR_CACHE_DIR": self.cache.name}, "tuned": TUNED}
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "bench.step", *arguments, "--arm", name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-            cwd=ROOT,
-            env=environment | settings[allocator],
-        )
-
-    def __enter__(self) -> "Arm":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.end()
-
-    def end(self) -> None:
-        if self.errors.closed:
-            return
-        patience = min(10, max(0, self.deadline - time.monotonic()))
-        try:
-            self.process.communicate(timeout=patience)  # an arm ends when stdin does
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.communicate()
-        self.errors.close()
-        self.cache.cleanup()
-
-    def answer(self) -> dict:
-        left = None if self.deadline == math.inf else max(0, self.deadline - time.monotonic())
-        if not select.select([self.process.stdout], [], [], left)[0]:
-            raise ArmFailed("the time was over")
-        line = self.process.stdout.readline()
-        answer = json.loads(line) if line else {"failed": f"exit status {self.process.wait()}"}
-        if "failed" not in answer:
-            return answer
-        if "out of memory" in answer["failed"] or "can't allocate memory" in answer["failed"]:
-            raise ArmFailed("out of memory")
-        if self.process.poll() == -signal.SIGKILL:
-            raise ArmFailed("killed, it seems for lack of memory: try --alone or a smaller --batch")
-        self.errors.seek(0)
-        sys.stderr.write(self.errors.read().decode(errors="replace"))
-        raise ArmFailed(answer["failed"])
-
-    def ask(self, command: str) -> dict:
-        try:
-            self.process.stdin.write(command + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has ended: the missing answer tells why
-        answer = self.answer()
-        self.record["peak_bytes"] = max(self.record.get("peak_bytes", 0), answer.pop("peak_bytes"))
-        return answer
-
-    def warm_up(self) -> None:
-        self.record.update(self.ask("warm_up"))
-
-    def measure(self, turn: int) -> None:
-        """Have it measure, again while other processes disturb it; the least disturbed attempt is kept."""
-        attempts = []
-        for attempt in range(ATTEMPTS if self.deadline == math.inf else 1):
-            time.sleep(attempt)  # what disturbs may pass
-            attempts.append({"turn": turn, "kept": False} | self.ask("measure"))
-            if not disturbed(attempts[-1]):
-                break
-        min(attempts, key=lambda attempt: attempt["foreign_cpu"] or 0.0)["kept"] = True
-        self.record["measurements"] += attempts
-
-    def count(self) -> None:
-        self.record.update(self.ask("count"))
-
-
-def disturbed(measurement: dict) -> bool:
-    return (measurement["foreign_cpu"] or 0.0) > FOREIGN
-
-
 class Comparison:
-    """All arms under one allocator setting: `records` has of each warm_up, measurements, peak_bytes and calls, or
-    `missing`, the reason. An arm that fails is left out, and never loses what the others have measured."""
+    """Measures all arms under one allocator setting.
+
+    records[name] has warm_up, measurements, peak_bytes, threads and (on a GPU) calls. If an arm failed early, it has
+    only `missing`, the reason. If it failed after a measurement, `stopped` is the reason. A failure of one arm does not
+    affect the others.
+    """
 
     def __init__(self, s: Namespace, arguments: list[str], allocator: str, deadline: float, save: Callable[[], None]):
         self.s, self.command, self.deadline, self.save = s, (arguments, allocator), deadline, save
@@ -383,7 +108,7 @@ class Comparison:
         self.records = {name + suffix: {"measurements": []} for name in ("tripod", *s.against) for suffix in suffixes}
 
     def run(self) -> None:
-        # What compiles takes longest: where the time is limited it comes last.
+        # Compiled arms come last, because compiling takes longest and the time may be limited.
         order = sorted(self.records, key=lambda name: name.endswith("+compile"))
         if not self.s.alone:
             return self.run_together(order)
@@ -410,10 +135,10 @@ class Comparison:
             arms = self.start(order, stack)
             for i, name in enumerate(tqdm(order, desc=f"{title} ({self.allocator} allocator)")):
                 now = time.monotonic()
-                share = now + (self.deadline - now) / (len(order) - i)  # of the time that is left
+                turn_end = now + (self.deadline - now) / (len(order) - i)  # the arms left get equal time
                 self.attempt(name, arms, self.warm_up)
                 for turn in range(first_turn, first_turn + self.s.rounds):
-                    if turn == first_turn or time.monotonic() < share:
+                    if turn == first_turn or time.monotonic() < turn_end:
                         self.attempt(name, arms, lambda name, arm: arm.measure(turn))  # noqa: B023
                 if first_turn == 0:
                     self.count(arms, [name])
@@ -421,7 +146,7 @@ class Comparison:
                     arms[name].end()
 
     def start(self, names: list[str], stack: ExitStack) -> dict[str, Arm]:
-        """The arms that can run, each with everything imported, which takes them longer one after the other."""
+        """Start the arms that can run, all at once, and wait until each has imported its packages."""
         arms = {}
         for name in names:
             network = name.removesuffix("+compile")
@@ -434,7 +159,7 @@ class Comparison:
         return arms
 
     def attempt(self, name: str, arms: dict[str, Arm], work: Callable[[str, Arm], object]) -> None:
-        """Do something with an arm that has not failed. If it fails now, it is out."""
+        """Call work(name, arm) unless the arm has failed already. If it fails now, remove it from `arms`."""
         if name not in arms:
             return
         try:
@@ -453,13 +178,13 @@ class Comparison:
         check_equal(self.s.precision, name, arm.record["warm_up"][0], first)
 
     def count(self, arms: dict[str, Arm], names: list[str]) -> None:
-        if torch.cuda.is_available():  # nothing is launched on a CPU
+        if torch.cuda.is_available():  # a CPU has no launches
             for name in names:
                 self.attempt(name, arms, lambda name, arm: arm.count())
 
 
 def check_equal(precision: str, name: str, theirs: dict, ours: dict) -> None:
-    """Raise ArmFailed unless the first step of an arm had the loss and the gradient norm of ours."""
+    """Raise ArmFailed unless the first step of an arm has the loss and the gradient norm of the first arm, tripod."""
     nats, relative = AGREEMENT[precision]
     same_loss = abs(theirs["loss"] - ours["loss"]) <= nats
     same_norm = abs(theirs["gradient_norm"] / ours["gradient_norm"] - 1) <= relative
@@ -469,8 +194,11 @@ def check_equal(precision: str, name: str, theirs: dict, ours: dict) -> None:
 
 
 def summarize(s: Namespace, record: dict) -> dict[str, float]:
-    """tokens/s over the kept measurements (their median, least and most), seconds and page faults of a step; on two
-    passes also by how much the second was faster than the first."""
+    """Statistics of the kept measurements of an arm.
+
+    They are tokens/s (median, min and max), seconds and page faults of a step and, after two passes, by how much the
+    second pass was faster than the first (0.01 means 1%).
+    """
     kept = [m for m in record["measurements"] if m["kept"]]
 
     def rate(measurements: list[dict]) -> float:
@@ -498,33 +226,32 @@ def main() -> None:
         return serve(s)
     deadline = time.monotonic() + s.seconds if s.seconds else math.inf
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    facts, config = machine(device), shape(s)
+    host, config = machine(device), config_of(s)
     dtype = dtype_of(s, "tripod")
     report = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "bench.step", *sys.argv[1:]]),
         "settings": {name: value for name, value in vars(s).items() if name not in ("arm", "json")},
-        "machine": facts,
-        "gemm_flops_per_s": product_ceiling(dtype, device, flush_of(device)),
+        "machine": host,
+        "gemm_flops_per_s": matmul_ceiling(dtype, device, flush_of(device)),
         "peak_flops_per_s": peak_flops(device) if dtype == torch.bfloat16 else None,
         "flops_per_token": config.flops_per_token(),
         "flops_per_token_causal": config.flops_per_token(causal=True),
         "runs": {},
     }
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # the arms need all of it
+        torch.cuda.empty_cache()  # leave all memory to the arms
 
     def save() -> None:
         if s.json:
-            partial = s.json.with_name(f".{s.json.name}.tmp")
-            partial.write_text(json.dumps(report, indent=1) + "\n")
-            partial.replace(s.json)
+            with atomic_write(s.json, "w") as file:
+                file.write(json.dumps(report, indent=1) + "\n")
 
-    versions = ", ".join(f"{package} {found or 'not installed'}" for package, found in facts["versions"].items())
-    print(f"{facts['gpu'] or facts['cpu']}, {facts['cores']} cores; {versions}; {report['date']}")
+    versions = ", ".join(f"{package} {found or 'not installed'}" for package, found in host["versions"].items())
+    print(f"{host['gpu'] or host['cpu']}, {host['cores']} cores; {versions}; {report['date']}")
     peak = report["peak_flops_per_s"]
     print(
-        f"Pythia {s.size}, {s.batch} x {s.seq_len} tokens a step, {s.precision}; large product "
+        f"Pythia {s.size}, {s.batch} x {s.seq_len} tokens a step, {s.precision}; large matmul "
         f"{report['gemm_flops_per_s'] / 1e9:,.0f} GFLOP/s" + (f", datasheet peak {peak / 1e9:,.0f}" if peak else "")
     )
     for allocator in ("default", "tuned") if s.allocator == "both" else (s.allocator,):

@@ -1,8 +1,9 @@
-"""Compile the kernels of several sizes side by side, so that whatever comes after finds them in Triton's cache.
+"""Compile the kernels of several sizes in parallel, so that later commands find them in Triton's cache.
 
     python -m bench.warm --size 14m,160m,1.4b
 
-On a GPU, a process for each size makes one small step of two layers: a kernel is compiled for the widths of a model.
+It needs a GPU. For each size a process makes one small step with two layers. That compiles all kernels of the size,
+because they depend on the widths of the model and not on its depth.
 """
 
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from bench.step import ROOT, random_model
+from bench.arm import ROOT, random_model
 from model import SIZES
 from parallel.gradients import Gradients
 from runtime.errors import Parser, UserError, run_command
@@ -24,34 +25,33 @@ from step import Step, make_optimizer
 
 
 def small_step(size: str, device: torch.device) -> float:
-    """A step of one row of 512 tokens, in bfloat16. Returns its loss in nats."""
+    """Make one step of one row of 512 tokens, in bfloat16. Returns the loss in nats."""
     model = random_model(replace(SIZES[size], layers=2), device)
     model.compute_dtype = torch.bfloat16
-    ranks = Dist(device=device)
-    step = Step(model, Gradients(model, ranks, "none"), make_optimizer(model, 1e-3), ranks)
+    dist = Dist(device=device)
+    step = Step(model, Gradients(model, dist, "none"), make_optimizer(model, 1e-3), dist)
     step.forward_backward(torch.randint(SIZES[size].vocab, (1, 1, 513), device=device))
     return step.update(1e-3)[0].item()
 
 
 def main() -> None:
     parser = Parser(prog="bench.warm", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--size", default=",".join(SIZES), metavar="NAMES", help="(default: all)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write there how long each took")
-    parser.add_argument("--here", action="store_true", help=SUPPRESS)  # this process is one of those
+    parser.add_argument("--size", default=",".join(SIZES), metavar="NAMES", help="sizes, as 14m,70m (default: all)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the sizes and the seconds taken to this file")
+    parser.add_argument("--here", action="store_true", help=SUPPRESS)  # this process makes the step itself
     s = parser.parse_args(sys.argv[1:])
     sizes = s.size.split(",")
     if unknown := set(sizes) - set(SIZES):
         raise UserError(f"--size knows {', '.join(SIZES)}, not {', '.join(sorted(unknown))}")
     if not torch.cuda.is_available():
-        raise UserError("bench.warm needs a GPU: on a CPU nothing is compiled")
+        raise UserError("bench.warm needs a GPU: Triton kernels are not compiled on a CPU")
     if s.here:
         small_step(sizes[0], torch.device("cuda"))
         return
-    began, line = time.perf_counter(), (sys.executable, "-m", "bench.warm", "--here", "--size")
-    started = {size: subprocess.Popen([*line, size], cwd=ROOT) for size in sizes}
-    failed = [size for size, process in started.items() if process.wait()]
-    if failed:
-        raise UserError(f"a step of {', '.join(failed)} failed: see above")
+    began, command = time.perf_counter(), (sys.executable, "-m", "bench.warm", "--here", "--size")
+    processes = {size: subprocess.Popen([*command, size], cwd=ROOT) for size in sizes}
+    if failed := [size for size, process in processes.items() if process.wait()]:
+        raise UserError(f"a step of {', '.join(failed)} failed: see its output above")
     seconds = time.perf_counter() - began
     print(f"compiled for {', '.join(sizes)} in {seconds:.1f} s")
     if s.json:

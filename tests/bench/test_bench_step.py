@@ -1,4 +1,4 @@
-"""bench.step: its peers are our network, and its command measures and reports."""
+"""bench.step: the peers are the network of Tripod, an arm is measured, and the command reports all arms."""
 
 import json
 import math
@@ -15,28 +15,20 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
+from bench.arm import WARM_UP, Arm, ArmFailed, Runner, count_calls
 from bench.peers import PACKAGES, build_peer, obstacle
-from bench.step import (
-    WARM_UP,
-    Arm,
-    ArmFailed,
-    Comparison,
-    Runner,
-    check_equal,
-    count_calls,
-    parse,
-    summarize,
-)
+from bench.step import Comparison, check_equal, parse, summarize
+from bench.timing import repeat_while_disturbed
 from model import SIZES, Pythia
 from parallel.gradients import squared_norm
 from runtime.errors import UserError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def ours():
-    """A small Pythia whose biases and LayerNorms are not at their initial zeros and ones."""
+    """A small Pythia. Its biases and LayerNorms have random values, not the initial zeros and ones."""
     model = Pythia(replace(SIZES["14m"], layers=2, hidden=48, heads=3, vocab=512, seq_len=32, rotary_fraction=0.5))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -63,13 +55,13 @@ def test_peers_are_our_network(peer, ours, device):
     assert sum(p.numel() for p in network.parameters()) == sum(p.numel() for p in ours.parameters())
 
 
-def test_liger_is_said_to_need_a_gpu(monkeypatch):
+def test_liger_needs_a_gpu(monkeypatch):
     monkeypatch.setattr("bench.peers.find_spec", lambda package: package == "liger_kernel" or None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert [obstacle(peer) for peer in ("liger", "hf")] == ["needs a GPU", "not installed"]
 
 
-def test_another_network_is_refused():
+def test_a_different_network_is_refused():
     step = {"loss": 10.8, "gradient_norm": 2.0}
     check_equal("fp32", "plain", step, step)
     for other in ({"loss": 10.8003}, {"gradient_norm": 2.01}, {"loss": float("nan")}, {"gradient_norm": float("nan")}):
@@ -77,13 +69,13 @@ def test_another_network_is_refused():
             check_equal("fp32", "plain", step | other, step)
 
 
-# One arm
+# ---- one arm
 
 
 @pytest.fixture
 def runner(tiny, monkeypatch):
-    """runner(arm, *flags): what answers in the process of an arm, of a small model."""
-    monkeypatch.setattr("bench.step.VOCAB_USED", tiny.vocab)
+    """runner(arm, *flags) -> the Runner of an arm with a small model, in this process."""
+    monkeypatch.setattr("bench.arm.VOCAB_USED", tiny.vocab)
 
     def build(arm: str, *flags: str) -> Runner:
         return Runner(parse(["--batch", "2", "--seq-len", "32", *flags, "--arm", arm]), torch.device("cpu"))
@@ -92,15 +84,15 @@ def runner(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_arms_start_alike(precision, runner):
+def test_arms_make_equal_steps(precision, runner):
     tripod, plain = (runner(arm, "--precision", precision).warm_up()["warm_up"] for arm in ("tripod", "plain"))
     assert len(tripod) == len(plain) == WARM_UP
-    for ours, theirs in zip(tripod, plain):  # after updates too: clipping and AdamW are the same
+    for ours, theirs in zip(tripod, plain):  # equal after updates too: clipping and AdamW are the same
         check_equal(precision, "plain", theirs, ours)
     assert tripod[0]["loss"] != tripod[1]["loss"]
 
 
-def test_recompute_is_of_ours_and_changes_nothing(runner):
+def test_recompute_does_not_change_the_loss(runner):
     losses = [runner("tripod", "--recompute", r).warm_up()["warm_up"][-1]["loss"] for r in ("none", "cheap", "full")]
     assert losses[1:] == [pytest.approx(losses[0], rel=1e-6)] * 2
 
@@ -108,17 +100,17 @@ def test_recompute_is_of_ours_and_changes_nothing(runner):
 def test_runner_measures_and_counts(runner, monkeypatch):
     arm = runner("plain")
     arm.warm_up()
-    monkeypatch.setattr("bench.step.SHORTEST", 2.5 * arm.step_seconds)
-    found = arm.measure()
-    assert found["steps"] == 3
-    assert arm.step_seconds == found["seconds"] / 3 > 0
+    monkeypatch.setattr("bench.arm.SHORTEST", 2.5 * arm.step_seconds)
+    measurement = arm.measure()
+    assert measurement["steps"] == 3
+    assert arm.step_seconds == measurement["seconds"] / 3 > 0
     assert arm.peak_bytes() > 1e7
     if not torch.cuda.is_available():
         assert arm.count() == {"calls": None}
 
 
 def events(*calls: tuple[str, float]) -> list[SimpleNamespace]:
-    """What a profiler has seen: a step from 10 to 20, on the host, its shadow on the device, and (name, start)."""
+    """Events of a profiler: a step from 10 to 20 on the host, its copy on the device, and calls of (name, start)."""
     step = SimpleNamespace(name="step", device_type=DeviceType.CPU, time_range=SimpleNamespace(start=10, end=20))
     shadow = SimpleNamespace(name="step", device_type=DeviceType.CUDA, time_range=SimpleNamespace(start=0, end=90))
     others = [
@@ -128,21 +120,21 @@ def events(*calls: tuple[str, float]) -> list[SimpleNamespace]:
     return [*others[:1], shadow, step, *others[1:]]
 
 
-def test_calls_are_counted_within_the_step():
+def test_only_calls_within_the_step_are_counted():
     launches = ["cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx", "cuLaunchKernel", "cudaGraphLaunch"]
     syncs = ["cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy"]
     others = ["aten::mm", "cudaMemcpyAsync", "cudaLaunchHostFunc", "cudaEventRecord", "cudaMalloc", "cudaMemsetAsync"]
     inside = [(name, 15.0) for name in launches + syncs + others]
-    outside = [("cudaLaunchKernel", 9.5), ("cudaDeviceSynchronize", 20.0)]  # of the profiler itself
+    outside = [("cudaLaunchKernel", 9.5), ("cudaDeviceSynchronize", 20.0)]  # calls of the profiler itself
     assert count_calls(events(*outside, *inside)) == {"launches": 5, "syncs": 4}
     assert count_calls(events(("aten::mm", 12.0))) is None
 
 
-# The driver
+# ---- the handle of an arm, and the comparison
 
 
 def arm_of(script: str, monkeypatch, seconds: float = 60) -> Arm:
-    """An arm whose process runs a script instead."""
+    """An Arm whose process runs this script."""
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda _, **rest: popen([sys.executable, "-c", script], **rest))
     return Arm("plain", {"measurements": []}, [], "tuned", time.monotonic() + seconds)
@@ -153,24 +145,37 @@ def arm_of(script: str, monkeypatch, seconds: float = 60) -> Arm:
     [
         ('print(\'{"failed": "OutOfMemoryError: CUDA out of memory. Tried to allocate 3 GiB"}\')', "^out of memory$"),
         ('print(\'{"failed": "ValueError: no such shape"}\')', "^ValueError: no such shape$"),
-        ("import os; os.kill(os.getpid(), 9)", "killed, it seems for lack of memory"),
+        ("import os; os.kill(os.getpid(), 9)", "killed, probably for lack of memory"),
         ("raise SystemExit(3)", "^exit status 3$"),
     ],
 )
-def test_arm_says_why_it_failed(script, message, monkeypatch):
+def test_a_failed_arm_reports_the_reason(script, message, monkeypatch):
     with arm_of(script, monkeypatch) as arm, pytest.raises(ArmFailed, match=message):
         arm.warm_up()
 
 
-def test_arm_ends_when_the_time_is_over(monkeypatch):
+def test_an_arm_is_killed_at_its_deadline(monkeypatch):
     with arm_of("import time; time.sleep(600)", monkeypatch, seconds=0.2) as arm:
         with pytest.raises(ArmFailed, match="the time was over"):
             arm.warm_up()
     assert arm.process.returncode == -signal.SIGKILL
 
 
+def test_a_disturbed_measurement_is_repeated():
+    foreign = iter([0.5, 0.2, 0.3, 0.05, 0.0])
+
+    def measure() -> dict:
+        return {"foreign_cpu": next(foreign)}
+
+    measurements = repeat_while_disturbed(measure, attempts=3, pause=0)
+    assert [(m["foreign_cpu"], m["kept"]) for m in measurements] == [(0.5, False), (0.2, True), (0.3, False)]
+    assert repeat_while_disturbed(measure, attempts=3, pause=0) == [{"foreign_cpu": 0.05, "kept": True}]
+    unknown = {"foreign_cpu": None}
+    assert repeat_while_disturbed(lambda: unknown, attempts=3, pause=0) == [unknown | {"kept": True}]
+
+
 class FakeArm:
-    """An arm that answers what `behaviour` says of its name, and counts how often it was measured."""
+    """An arm without a process. `behaviour` maps "NAME" to its loss or error, or "NAME at" to the turn that fails."""
 
     behaviour: ClassVar[dict] = {}
 
@@ -210,7 +215,7 @@ class FakeArm:
 
 
 @pytest.mark.parametrize("mode", ["--alone", "--no-alone"])
-def test_an_arm_that_fails_loses_no_others(mode, monkeypatch):
+def test_a_failed_arm_does_not_affect_the_others(mode, monkeypatch):
     monkeypatch.setattr("bench.step.Arm", FakeArm)
     monkeypatch.setattr("bench.step.obstacle", lambda peer: "not installed" if peer == "liger" else "")
     fails = {"hf": "out of memory", "litgpt": 11.0, "plain+compile at": 1}
@@ -224,15 +229,12 @@ def test_an_arm_that_fails_loses_no_others(mode, monkeypatch):
     assert "litgpt is another network" in records["litgpt"]["missing"]
     assert records["plain+compile"]["stopped"] == "broke"
     assert len(records["plain+compile"]["measurements"]) == 1
-    assert (
-        len(records["tripod"]["measurements"])
-        == len(records["plain"]["measurements"])
-        == (6 if mode == "--alone" else 3)
-    )
-    assert len({text for text in saved if "plain" in text}) > 5  # written down as they come
+    rounds = 6 if mode == "--alone" else 3
+    assert len(records["tripod"]["measurements"]) == len(records["plain"]["measurements"]) == rounds
+    assert len({text for text in saved if "plain" in text}) > 5  # saved after every measurement
 
 
-def test_little_time_means_fewer_rounds(monkeypatch):
+def test_a_time_limit_reduces_the_rounds(monkeypatch):
     monkeypatch.setattr("bench.step.Arm", FakeArm)
     s = parse(["--rounds", "1000", "--against", "plain", "--no-compile", "--alone", "--seconds", "1"])
     comparison = Comparison(s, [], "tuned", time.monotonic(), lambda: None)
@@ -248,8 +250,8 @@ def test_summary():
         for n, t, turn in timings
     ]
     lost = kept[0] | {"seconds": 100.0, "kept": False, "foreign_cpu": 0.5}
-    found = summarize(s, {"warm_up": [{"seconds": 7.0}], "measurements": [lost, *kept]})
-    assert found == {
+    summary = summarize(s, {"warm_up": [{"seconds": 7.0}], "measurements": [lost, *kept]})
+    assert summary == {
         "tokens_per_s": 100 / 1.5,
         "tokens_per_s_min": 25.0,
         "tokens_per_s_max": 100.0,
@@ -263,7 +265,7 @@ def test_summary():
     }
 
 
-# The command
+# ---- the command
 
 
 @pytest.mark.parametrize(
@@ -285,17 +287,8 @@ def test_bad_arguments(arguments, message):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [["--no-alone"], ["--alone"], ["--alone", "--seconds", "300"]])
 def test_command(mode, tmp_path):
-    arguments = ["--size", "14m", "--batch", "1", "--seq-len", "16", "--precision", "fp32", "--rounds", "1"]
-    command = [
-        sys.executable,
-        "-m",
-        "bench.step",
-        *arguments,
-        "--no-compile",
-        "--json",
-        str(tmp_path / "a.json"),
-        *mode,
-    ]
+    command = [sys.executable, "-m", "bench.step", "--no-compile", "--json", str(tmp_path / "a.json"), *mode]
+    command += ["--size", "14m", "--batch", "1", "--seq-len", "16", "--precision", "fp32", "--rounds", "1"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
     report = json.loads((tmp_path / "a.json").read_text())
@@ -319,5 +312,5 @@ def test_command(mode, tmp_path):
     assert ("second pass over first" in run.stdout) == (passes == 2)
 
 
-def test_compile_is_a_name_of_the_plain_network():
+def test_compile_means_the_plain_network():
     assert parse(["--against", "hf,compile,plain"]).against == ["hf", "plain"]

@@ -1,4 +1,4 @@
-"""bench.all runs pieces once, and the rest when one fails; bench.report says what the files say."""
+"""bench.all runs every piece once, also after a failure of another; the tables of bench.report are up to date."""
 
 import json
 import math
@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from bench import warm
-from bench.all import Piece, counts, parse, pieces, run_all, summary
+from bench.all import Piece, code_digest, count_tests, parse, pieces, run_all, summary
 from bench.peers import PACKAGES
 from bench.report import BEGIN, END, RESULTS, ROOT, TABLES, readme_table, replace_table, results, step_table
 from runtime.errors import UserError
 
-MAKER = {"code": "abc", "machine": {"gpu": "GPU"}}
+ORIGIN = {"code": "abc", "machine": {"gpu": "GPU"}}
 
 
 def piece(name: str, script: str, seconds: float = 60) -> Piece:
@@ -24,30 +24,29 @@ def piece(name: str, script: str, seconds: float = 60) -> Piece:
 
 @pytest.fixture
 def good(tmp_path):
-    """A piece that also notes every run of it in a file."""
-    return piece(
-        "good", f"import sys; open(sys.argv[1], 'w').write('[]'); open({str(tmp_path / 'runs')!r}, 'a').write('x')"
-    )
+    """A piece that succeeds, and that appends an x to a file on every run."""
+    script = f"import sys; open(sys.argv[1], 'w').write('[]'); open({str(tmp_path / 'runs')!r}, 'a').write('x')"
+    return piece("good", script)
 
 
-def test_a_piece_runs_once(good, tmp_path):
-    def run(maker=MAKER, again=frozenset()) -> tuple[str, int]:
-        state = run_all([good], tmp_path, maker, again)["good"]["state"]
+def test_a_result_is_reused_while_intact_and_of_the_same_code(good, tmp_path):
+    def run(origin=ORIGIN, again=frozenset()) -> tuple[str, int]:
+        state = run_all([good], tmp_path, origin, again)["good"]["state"]
         return state, len((tmp_path / "runs").read_text())
 
     assert run() == ("done", 1)
-    assert run() == ("had", 1)
+    assert run() == ("reused", 1)
     assert run(again={"good"}) == ("done", 2)
-    assert run(maker=MAKER | {"code": "edited"}) == ("done", 3)
-    assert run() == ("done", 4)  # made by other code
+    assert run(origin=ORIGIN | {"code": "edited"}) == ("done", 3)
+    assert run() == ("done", 4)  # the result is from other code
     (tmp_path / "good.json").write_text("[")
     assert run() == ("done", 5)  # damaged
     (tmp_path / "good.json").unlink()
     assert run() == ("done", 6)
-    assert run() == ("had", 6)
+    assert run() == ("reused", 6)
 
 
-def test_the_others_go_on(good, tmp_path):
+def test_after_a_failure_the_other_pieces_run(good, tmp_path):
     todo = [
         piece("broken", "print('a'); raise SystemExit('out of luck')"),
         Piece("elsewhere", 0, obstacle="needs a GPU"),
@@ -55,33 +54,33 @@ def test_the_others_go_on(good, tmp_path):
         good,
     ]
     (tmp_path / "broken.json").write_text("of an earlier run")
-    records = run_all(todo, tmp_path, MAKER, set())
-    assert [record["state"] for record in records.values()] == ["failed", "left out", "failed", "done"]
+    records = run_all(todo, tmp_path, ORIGIN, set())
+    assert [record["state"] for record in records.values()] == ["failed", "skipped", "failed", "done"]
     assert records["broken"]["why"] == "exit status 1: out of luck"
     assert records["silent"]["why"] == "wrote no silent.json: nothing"
     assert not (tmp_path / "broken.json").exists()
     lines = summary(records)
     assert lines[0].split() == ["piece", "state", "seconds"]
-    assert lines[2].split() == ["elsewhere", "left", "out", "needs", "a", "GPU"]
-    assert run_all(todo, tmp_path, MAKER, set())["broken"]["state"] == "failed"  # it was tried again
+    assert lines[2].split() == ["elsewhere", "skipped", "needs", "a", "GPU"]
+    assert run_all(todo, tmp_path, ORIGIN, set())["broken"]["state"] == "failed"  # a failed piece runs again
 
 
-def test_a_piece_ends_at_its_limit_with_all_that_it_started(tmp_path):
+def test_a_piece_and_its_processes_are_killed_at_the_time_limit(tmp_path):
     child = f"import time; time.sleep(2); open({str(tmp_path / 'alive')!r}, 'w')"
     script = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
-    records = run_all([piece("endless", script, seconds=1)], tmp_path, MAKER, set())
+    records = run_all([piece("endless", script, seconds=1)], tmp_path, ORIGIN, set())
     assert records["endless"]["why"].startswith("took longer than 1 seconds")
     time.sleep(2.5)
     assert not (tmp_path / "alive").exists()
 
 
-def test_a_damaged_index_is_named(tmp_path):
+def test_a_damaged_all_json_is_reported(tmp_path):
     (tmp_path / "all.json").write_text("{")
     with pytest.raises(UserError, match=r"all\.json is damaged"):
-        run_all([], tmp_path, MAKER, set())
+        run_all([], tmp_path, ORIGIN, set())
 
 
-def test_tests_are_counted(tmp_path):
+def test_count_tests(tmp_path):
     (tmp_path / "test_some.py").write_text(
         "import pytest\n"
         "def test_good(): pass\n"
@@ -93,12 +92,12 @@ def test_tests_are_counted(tmp_path):
     )
     command = [sys.executable, "-m", "pytest", "-q", "--rootdir", str(tmp_path), "--junitxml", str(tmp_path / "a.xml")]
     subprocess.run([*command, str(tmp_path)], cwd=tmp_path, capture_output=True, timeout=60)
-    found = counts(tmp_path / "a.xml")
+    found = count_tests(tmp_path / "a.xml")
     assert (found["passed"], found["skipped"]) == (1, 1)
     assert found["failed"] == ["test_some::test_bad", "test_some::test_error"]
 
 
-def test_pieces_of_an_h100():
+def test_pieces_by_gpu_memory():
     h100 = {piece.name: piece for piece in pieces(85e9)}
     assert sum(piece.seconds for piece in h100.values()) <= 15 * 60
     assert "by the plan" in h100["step-6.9b"].obstacle
@@ -122,17 +121,31 @@ def test_bad_arguments(arguments, message):
         parse(arguments, ["one", "two"])
 
 
+def test_code_digest_covers_every_package(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.all.ROOT", tmp_path)
+    digests = set()
+    for name in ("train.py", "runtime/__init__.py", "bench/__init__.py", "bench/kernels/peers.py", "tests/bench/a.py"):
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(name)
+        digests.add(code_digest())
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "other.py").write_text("not code of Tripod")
+    digests.add(code_digest())
+    assert len(digests) == 5
+
+
 @pytest.mark.slow
 def test_command(tmp_path):
     command = [sys.executable, "-m", "bench.all", "--out", str(tmp_path), "--only", "correctness,step-14m"]
-    for state in ("done", "had"):
+    for state in ("done", "reused"):
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
         assert run.returncode == 0, run.stdout + run.stderr
-        assert [line.split()[1] for line in run.stdout.splitlines()[1:3]] == ["left", state]
+        assert [line.split()[1] for line in run.stdout.splitlines()[1:3]] == ["skipped", state]
     assert json.loads((tmp_path / "step-14m.json").read_text())["runs"]["tuned"]["tripod"]["summary"]
 
 
-# bench.warm
+# ---- bench.warm
 
 
 def test_warm(monkeypatch):
@@ -144,20 +157,20 @@ def test_warm(monkeypatch):
             warm.main()
 
 
-# bench.report
+# ---- bench.report
 
 
 def report(size: str, gpu: str | None, **arms) -> dict:
-    """What bench.step would write: arms are (tokens/s, peak GB), or the reason why one is missing."""
+    """A report of bench.step. Each arm is (tokens/s, peak GB), or the reason why it is missing."""
 
     def record(arm: tuple | str) -> dict:
         if isinstance(arm, str):
             return {"missing": arm}
         rate, peak = arm
         keys = "tokens_per_s tokens_per_s_min tokens_per_s_max seconds_per_step first_step_seconds page_faults_per_step"
-        found = dict.fromkeys(keys.split(), float(rate)) | {"measurements": 3, "disturbed": 0, "disturbed_kept": 0}
+        summary = dict.fromkeys(keys.split(), float(rate)) | {"measurements": 3, "disturbed": 0, "disturbed_kept": 0}
         calls = {"launches": 1234, "syncs": 1} if gpu else None
-        return {"summary": found, "peak_bytes": peak * 1e9, "threads": 2, "calls": calls}
+        return {"summary": summary, "peak_bytes": peak * 1e9, "threads": 2, "calls": calls}
 
     peers = [name for name in arms if name in PACKAGES]
     return {
@@ -184,14 +197,14 @@ def test_table_of_a_step_on_a_gpu():
     assert lines[-2:] == ["litgpt out of memory", "plain not installed"]
 
 
-def test_table_without_ours():
+def test_table_of_a_step_without_tripod():
     text = step_table(report("14m", None, tripod="out of memory", hf=(40, 10)), "tuned")
     assert "tripod          out of memory" in text
     assert "40..40" in text
     assert "faults/step" in text
 
 
-def test_readme_says_what_the_files_say(tmp_path):
+def test_readme_table(tmp_path):
     (tmp_path / "h100").mkdir()
     files = {
         "cpu.json": report("70m", None, tripod=(2000, 1), hf=(1000, 3)),
@@ -216,14 +229,14 @@ def test_readme_says_what_the_files_say(tmp_path):
         results(tmp_path)
 
 
-def test_only_what_is_between_the_marks_is_replaced():
+def test_only_text_between_the_marks_is_replaced():
     assert replace_table(f"a\n{BEGIN}\nold\n{END}\nb", r"new \1") == f"a\n{BEGIN}\n\nnew \\1\n\n{END}\nb"
-    with pytest.raises(UserError, match="it takes one"):
+    with pytest.raises(UserError, match="the file needs one"):
         replace_table("no marks", "new")
 
 
 @pytest.mark.parametrize(("file", "make"), TABLES.items())
-def test_our_readmes_are_up_to_date(file, make):
+def test_tables_are_up_to_date(file, make):
     text = (ROOT / file).read_text()
     table = make(results(RESULTS), (ROOT / file).parent)
     assert replace_table(text, table) == text, "run python -m bench.report"

@@ -1,10 +1,9 @@
-"""Every op of kernels/ and what a user would run instead: its inputs, the floor of its cost, and its arms.
+"""Every op of kernels/: its inputs, its floor, and its arms (Tripod's kernel and what a user would run instead).
 
-An arm is a function of the inputs of the op that returns another function and its arguments. Only function(*arguments)
-is timed: what an arm does before, such as imports, compilation, tables and masks, a user does once, or it is not part
-of the comparison. The first arm, `tripod`, is ours; the others give the same outputs and the same gradients, which is
-checked before they are timed. An arm that can not be had on a machine raises, and the exception is the reason that is
-reported.
+An arm takes the inputs of the op and returns a function and its arguments. Only function(*arguments) is timed. The arm
+itself does what a user does once (imports, compilation, tables, masks) and what is not part of the comparison. The
+first arm, `tripod`, is ours. The other arms must return the same outputs and gradients; this is checked before they are
+timed. An arm raises if it cannot run on this machine, and the exception is reported as the reason.
 """
 
 from collections.abc import Callable
@@ -27,8 +26,10 @@ Arm = Callable[..., tuple[Callable, tuple[Tensor, ...]]]
 
 
 class Floor(NamedTuple):
-    """What an op can not do without: FLOPs of matrix products, and bytes, of its inputs read and its outputs written
-    once. Vectors, such as biases and statistics, are left out: they are less than a hundredth."""
+    """The least work that an op needs: FLOPs of its matmuls, and bytes to read its inputs and write its outputs once.
+
+    Vectors (biases, statistics) are not counted: they are less than 1% of the bytes.
+    """
 
     flops: float
     bytes: float
@@ -38,7 +39,7 @@ def compiled(arm: Arm) -> Arm:
     """The arm under torch.compile, for this one shape."""
 
     def build(*inputs: Tensor) -> tuple[Callable, tuple[Tensor, ...]]:
-        torch.compiler.reset()  # shapes met before count towards the limit of recompilations
+        torch.compiler.reset()  # earlier shapes count towards the limit of recompilations
         function, arguments = arm(*inputs)
         return torch.compile(function, dynamic=False, fullgraph=True), arguments
 
@@ -46,7 +47,7 @@ def compiled(arm: Arm) -> Arm:
 
 
 def _random(shape: tuple[int, ...], like: Tensor, scale: float = 1.0) -> Tensor:
-    """Normal numbers of the dtype and on the device of `like`."""
+    """scale * randn, with the dtype and device of `like`."""
     return (scale * torch.randn(shape, device=like.device)).to(like).requires_grad_()
 
 
@@ -60,16 +61,16 @@ def attention_inputs(config: Config, batch: int, like: Tensor) -> tuple[Tensor, 
 
 
 def attention_floor(config: Config, batch: int, passes: Passes, itemsize: int) -> Floor:
-    """Forward has two products, scores and values, and backward five, of which the causal half is credited:
+    """Forward has two matmuls (scores, output), backward has five. Only their causal half is counted.
 
         flops   4 batch seq^2 hidden / 2 forward, 10 batch seq^2 hidden / 2 backward
-        bytes   4 batch seq hidden forward (q, k, v; out), 8 backward (q, k, v, out, d_out; dq, dk, dv), x itemsize
+        bytes   itemsize batch seq hidden times 4 forward (q, k, v; out), 8 backward (q, k, v, out, d_out; dq, dk, dv)
 
-    A backward that forms the scores twice, as ours does so that nothing is added up by atomics, gets no more credit.
+    Our backward computes the scores twice, to avoid atomics. The second time is not counted.
     """
-    tokens = batch * config.seq_len * config.hidden
-    products, tensors = (2, 4) if passes == "forward" else (5, 8)
-    return Floor(products * tokens * config.seq_len, tensors * tokens * itemsize)
+    elements = batch * config.seq_len * config.hidden
+    matmuls, tensors = (2, 4) if passes == "forward" else (5, 8)
+    return Floor(matmuls * elements * config.seq_len, tensors * elements * itemsize)
 
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # causal attention of q, k, v [batch, seq, heads, head_dim]
@@ -89,10 +90,12 @@ def _forced(backend: SDPBackend) -> Attend:
 
 
 def _flash_deterministic() -> Attend:
-    """torch's FlashAttention-2 has a deterministic backward, which it runs under this switch of the whole process; who
-    times the arm turns it off again."""
+    """torch's FlashAttention-2 with its deterministic backward.
+
+    This sets a flag of the whole process. The caller resets it after timing.
+    """
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid, at the cost of another pass
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs another pass
     return _forced(SDPBackend.FLASH_ATTENTION)
 
 
@@ -115,8 +118,10 @@ def _flex(seq: int, device: torch.device) -> Attend:
 
 
 def _rotation(qkv: Tensor, cos: Tensor, sin: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """qkv -> rotated q and k, and v, [batch, seq, heads, head_dim], as transformers does it: in the dtype of qkv, with
-    tables that hold both halves."""
+    """Returns a function: qkv -> rotated q, rotated k, v, each [batch, seq, heads, head_dim].
+
+    It rotates as transformers does: in the dtype of qkv, with cos and sin repeated for both halves.
+    """
     cos, sin = (torch.cat((table, table), dim=-1).to(qkv.dtype)[:, None] for table in (cos, sin))
 
     def rotated(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,7 +142,7 @@ def flex_attention(qkv: Tensor, cos: Tensor, sin: Tensor):
 
 
 def _rotary_and(make: Callable[[], Attend]) -> Arm:
-    """Rotation in one kernel, by torch.compile, and then attention by a library."""
+    """Rotary embedding in one kernel, by torch.compile, followed by attention of a library."""
 
     def arm(qkv: Tensor, cos: Tensor, sin: Tensor):
         torch.compiler.reset()
@@ -148,8 +153,10 @@ def _rotary_and(make: Callable[[], Attend]) -> Arm:
 
 
 def _without_rotary(make: Callable[[], Attend]) -> Arm:
-    """Attention of a library alone: queries and keys are rotated, and all are copied apart, ahead of the clock. It does
-    less than we do."""
+    """Attention of a library alone, which is less work than ours.
+
+    q and k are rotated, and q, k and v are made contiguous, before the timing starts.
+    """
 
     def arm(qkv: Tensor, cos: Tensor, sin: Tensor):
         q, k, v = qkv.unbind(3)
@@ -180,18 +187,18 @@ ATTENTION = {
 
 
 def layer_norm_inputs(config: Config, batch: int, like: Tensor) -> tuple[Tensor, ...]:
-    """x, attn and mlp [batch, seq, hidden], and the two weights and biases [hidden].
+    """x, attn and mlp [batch, seq, hidden], then weight1, bias1, weight2 and bias2 [hidden].
 
-    No output biases: a peer leaves them to its projections, and pays for their gradients there.
+    There are no output biases, because peers add them in their projections.
     """
     shape = batch, config.seq_len, config.hidden
     return *(_random(shape, like) for _ in range(3)), *(_random(shape[-1:], like) for _ in range(4))
 
 
 def layer_norm_floor(config: Config, batch: int, passes: Passes, itemsize: int) -> Floor:
-    """bytes   6 batch seq hidden forward (x, attn, mlp; x', u, v), 5 backward (x', dx', du, dv; dx), x itemsize
+    """bytes: itemsize batch seq hidden times 6 forward (x, attn, mlp; x', u, v), 5 backward (x', dx', du, dv; dx).
 
-    The gradient of x is that of attn and mlp as well.
+    x, attn and mlp have the same gradient, so it is written once.
     """
     return Floor(0, (6 if passes == "forward" else 5) * batch * config.seq_len * config.hidden * itemsize)
 
@@ -232,7 +239,7 @@ def gelu_inputs(config: Config, batch: int, like: Tensor) -> tuple[Tensor, ...]:
 
 
 def gelu_floor(config: Config, batch: int, passes: Passes, itemsize: int) -> Floor:
-    """bytes   2 batch seq ffn forward (h; out), 3 backward (h, d_out; dh), x itemsize"""
+    """bytes: itemsize batch seq ffn times 2 forward (h; out), 3 backward (h, d_out; dh)."""
     return Floor(0, (2 if passes == "forward" else 3) * batch * config.seq_len * config.ffn * itemsize)
 
 
@@ -251,7 +258,7 @@ GELU = {
 
 
 def cross_entropy_inputs(config: Config, batch: int, like: Tensor) -> tuple[Tensor, ...]:
-    """hidden [tokens, hidden], weight [vocab, hidden] and targets [tokens]. The logits have a deviation of 1."""
+    """hidden [tokens, hidden], weight [vocab, hidden] and targets [tokens]. The std of the logits is 1."""
     tokens = batch * config.seq_len
     hidden = _random((tokens, config.hidden), like)
     weight = _random((config.vocab, config.hidden), like, scale=config.hidden**-0.5)
@@ -259,10 +266,10 @@ def cross_entropy_inputs(config: Config, batch: int, like: Tensor) -> tuple[Tens
 
 
 def cross_entropy_floor(config: Config, batch: int, passes: Passes, itemsize: int) -> Floor:
-    """Three products, of the logits and of the two gradients, with nothing computed twice:
+    """Three matmuls (logits, two gradients), none computed twice.
 
     flops   6 batch seq vocab hidden
-    bytes   2 (batch seq + vocab) hidden (hidden, weight; their gradients), x itemsize
+    bytes   itemsize 2 (batch seq + vocab) hidden (hidden, weight; their gradients)
     """
     tokens = batch * config.seq_len
     return Floor(6 * tokens * config.vocab * config.hidden, 2 * (tokens + config.vocab) * config.hidden * itemsize)
@@ -274,7 +281,7 @@ def eager_cross_entropy(*inputs: Tensor):
 
 def torch_linear_cross_entropy(*inputs: Tensor):
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        raise ImportError(f"torch {torch.__version__} has no chunked F.linear_cross_entropy: 2.13 has")
+        raise ImportError(f"torch {torch.__version__} has no chunked F.linear_cross_entropy: torch 2.13 has one")
     return partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions()), inputs
 
 
@@ -285,13 +292,15 @@ def liger_cross_entropy(*inputs: Tensor):
 
 
 def _liger_fused(memory: int | None) -> Arm:
-    """Liger's counterpart of our op. By default its chunks are so small that a chunk of logits takes the memory of
-    hidden; later releases have an argument by which it may be a multiple."""
+    """Liger's fused op. By default one chunk of logits takes as much memory as `hidden`.
+
+    memory: let a chunk take this many times as much. Only later releases of Liger have this argument.
+    """
 
     def arm(*inputs: Tensor):
         from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
-        # An autograd.Function takes no keywords. These are bias, ce_weight, ignore_index, lse_square_scale,
+        # An autograd.Function takes no keyword arguments. These are bias, ce_weight, ignore_index, lse_square_scale,
         # label_smoothing, reduction, softcap, return_z_loss, accum_dtype, use_token_scaling, return_token_accuracy,
         # return_predicted_tokens, ce_impl, ce_mode and chunk_mem_const.
         middle = None, None, -100, 0.0, 0.0, "mean", None, False, None, False, False, False, None, None
@@ -312,7 +321,7 @@ CROSS_ENTROPY = {
 }
 
 
-# -------------------------------------------------------------------------------------------- what is measured
+# ------------------------------------------------------------------------------------------------------- all ops
 
 
 @dataclass(frozen=True)
@@ -325,22 +334,22 @@ class Op:
 
 
 OPS = {
-    # One of each head_dim: 64, 128 and 80.
+    # These sizes have head_dim 64, 128 and 80.
     "rotary_attention": Op(attention_inputs, attention_floor, ATTENTION, sizes=("160m", "1.4b", "2.8b")),
     "add_dual_layer_norm": Op(layer_norm_inputs, layer_norm_floor, LAYER_NORM),
     "bias_gelu": Op(gelu_inputs, gelu_floor, GELU),
-    # Forward forms the gradients too, in ours as in other fused ones.
+    # Fused ops, ours included, compute the gradients in forward.
     "linear_cross_entropy": Op(cross_entropy_inputs, cross_entropy_floor, CROSS_ENTROPY, passes=("both",)),
 }
 
 
 class Setting(NamedTuple):
-    """Where and at what shapes the ops are measured here."""
+    """The device and the shapes of the measurement."""
 
     device: torch.device
     dtype: torch.dtype
     batch: int
-    sizes: dict[str, Config] | None  # None: the sizes of every op, at their full shape
+    sizes: dict[str, Config] | None  # None: the sizes of every op, with full shapes
     note: str
 
     def configs(self, op: Op) -> dict[str, Config]:
@@ -348,13 +357,14 @@ class Setting(NamedTuple):
 
 
 def setting() -> Setting:
+    """The setting for this machine. Its note says what to know before reading the numbers."""
     if torch.cuda.is_available():
         device = torch.device("cuda")
         runs = triton_runs(torch.empty(0, device=device))
-        note = "" if runs else "Triton can not run on this device: `tripod` is the definitions in torch"
+        note = "" if runs else "Triton cannot run on this device: `tripod` is the torch definition of each op"
         return Setting(device, torch.bfloat16, 8, None, note)
-    seq, note = 256, "no CUDA device: small shapes, and `tripod` is the definitions in torch, not the Triton kernels"
+    seq, note = 256, "no CUDA device: small shapes, and `tripod` is the torch definition of each op, not Triton"
     if triton_runs(torch.empty(0)):
-        seq, note = 32, "Triton's interpreter: this shows that the kernels run and agree, and times nothing of use"
+        seq, note = 32, "Triton's interpreter: this shows that the kernels run and agree; the times mean nothing"
     small = replace(SIZES["14m"], seq_len=seq, vocab=1000)
     return Setting(torch.device("cpu"), torch.float32, 1, {"14m": small}, note)

@@ -1,17 +1,19 @@
-"""The table at the end of `pytest bench --benchmark-only`, and the bars that the kernels are to clear."""
+"""The table at the end of `pytest bench --benchmark-only`, and the goals of the kernels."""
 
-from bench.kernel_peers import Floor
+from bench.kernels.peers import Floor
 
-# How many times as long a peer is to take on one H100 or H200, in bfloat16 at 8 x 2048 tokens; or what of the measured
-# bandwidth our kernel is to reach; or how many bytes it may take.
-BARS: dict[tuple[str, str, str, str], tuple[str, float]] = {
+# Goals on one H100 or H200, in bfloat16 at 8 x 2048 tokens. Keys are (op, passes, size, arm).
+# ratio       the least time of a peer over ours
+# ceiling     the least fraction of the ceiling that our kernel reaches
+# peak_bytes  the most memory
+GOALS: dict[tuple[str, str, str, str], tuple[str, float]] = {
     ("rotary_attention", "forward", "160m", "eager"): ("ratio", 1.6),
     ("rotary_attention", "forward", "1.4b", "eager"): ("ratio", 1.5),
     ("rotary_attention", "forward", "160m", "rotary+cudnn"): ("ratio", 1.0),
     ("rotary_attention", "forward", "1.4b", "rotary+cudnn"): ("ratio", 0.85),
     ("rotary_attention", "forward", "2.8b", "rotary+cudnn"): ("ratio", 1.15),
     **{
-        # The harder of two readings: our backward also rotates the gradient back, the peer's does not.
+        # The stricter comparison: our backward also rotates the gradient back, the backward of the peer does not.
         ("rotary_attention", "backward", size, f"{peer} alone"): ("ratio", limit)
         for size, limit in (("160m", 1.5), ("1.4b", 1.3))
         for peer in ("flash-deterministic", "flash-attn")
@@ -36,12 +38,12 @@ BARS: dict[tuple[str, str, str, str], tuple[str, float]] = {
 }
 
 
-def entry(seconds: float, floor: Floor, ceilings: dict[str, float], peak_bytes: int | None) -> dict:
+def metrics(seconds: float, floor: Floor, ceilings: dict[str, float], peak_bytes: int | None) -> dict:
     """What is reported of a measured arm.
 
-    ceiling      the time in which the device could move the bytes and compute the FLOPs of the floor, whichever (the
-                 bound) takes longer, as a share of the time taken
-    peak_bytes   above the inputs; of backward together with the forward that it belongs to
+    bound        "flops" or "bytes": whichever takes the device longer, at its ceilings, for the work of the floor
+    ceiling      the time for that work at the ceiling, over the measured time
+    peak_bytes   above the inputs; for backward it includes the forward pass before it
     """
     least = {"flops": floor.flops / ceilings["flops_per_s"], "bytes": floor.bytes / ceilings["bytes_per_s"]}
     bound = max(least, key=least.get)
@@ -57,7 +59,7 @@ def entry(seconds: float, floor: Floor, ceilings: dict[str, float], peak_bytes: 
 
 
 def table(cases: list[dict]) -> str:
-    """One line an arm, with the time of the arm over ours as the ratio, and what became of every bar."""
+    """One line for each arm, with its time over ours ("peer/ours") and whether each goal is met."""
     measured = {_key(case): case for case in cases if "missing" not in case}
     for key, case in measured.items():
         ours = measured.get((*key[:3], "tripod"))
@@ -65,16 +67,16 @@ def table(cases: list[dict]) -> str:
             measured[key] = case | {"ratio": case["seconds"] / ours["seconds"]}
     lines = []
     if measured:
-        copy, product = next(iter(measured.values()))["ceilings"].values()
-        lines += [f"measured ceilings: copy {copy / 1e9:,.0f} GB/s, product {product / 1e12:,.3g} TFLOP/s"]
-    header = ("op", "pass", "size", "arm", "ms", "peer/ours", "bar", "rate", "of ceiling", "peak MB")
+        copy, matmul = next(iter(measured.values()))["ceilings"].values()
+        lines += [f"measured ceilings: copy {copy / 1e9:,.0f} GB/s, matmul {matmul / 1e12:,.3g} TFLOP/s"]
+    header = ("op", "pass", "size", "arm", "ms", "peer/ours", "goal", "rate", "of ceiling", "peak MB")
     rows = [header, *(_row(case) for case in measured.values())]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines += ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]
     lines += [f"{' '.join(_key(case))}: not measured, {case['missing']}" for case in cases if "missing" in case]
     judged = {key for key, case in measured.items() if _verdict(case)}
-    lines += ["", f"bars not measured: {len(BARS) - len(judged)} of {len(BARS)}"]
-    lines += [f"{' '.join(key)}: {_limit(*bar)}, not measured" for key, bar in BARS.items() if key not in judged]
+    lines += ["", f"goals not measured: {len(GOALS) - len(judged)} of {len(GOALS)}"]
+    lines += [f"{' '.join(key)}: {_limit(*goal)}, not measured" for key, goal in GOALS.items() if key not in judged]
     return "\n".join(lines)
 
 
@@ -88,12 +90,12 @@ def _limit(quantity: str, limit: float) -> str:
 
 
 def _verdict(case: dict) -> str:
-    """The bar of a case and whether it is cleared; nothing where there is none, or nothing to hold against it."""
-    quantity, limit = BARS.get(_key(case), (None, 0.0))
+    """The goal of a case and whether it is met. Empty if there is no goal, or nothing to compare with."""
+    quantity, limit = GOALS.get(_key(case), (None, 0.0))
     if case.get(quantity) is None:
         return ""
-    cleared = case[quantity] <= limit if quantity == "peak_bytes" else case[quantity] >= limit
-    return f"{_limit(quantity, limit)} {'yes' if cleared else 'NO'}"
+    met = case[quantity] <= limit if quantity == "peak_bytes" else case[quantity] >= limit
+    return f"{_limit(quantity, limit)} {'yes' if met else 'NO'}"
 
 
 def _row(case: dict) -> tuple[str, ...]:

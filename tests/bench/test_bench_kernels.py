@@ -1,4 +1,4 @@
-"""`pytest bench`: floors are what ops need, peers compute what our ops do, and the table tells what was measured."""
+"""`pytest bench`: the floors of the ops, the peers, which compute the same as our kernels, and the table."""
 
 import importlib.util
 import json
@@ -11,31 +11,31 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.ceilings import Moment
-from bench.kernel_measure import check_agreement, incoming_gradients, outputs_of, reason, values
-from bench.kernel_peers import OPS, Floor, setting
-from bench.kernel_report import BARS, entry, table
+from bench.kernels.measure import check_agreement, incoming_gradients, outputs_of, reason, with_gradients
+from bench.kernels.peers import OPS, Floor, setting
+from bench.kernels.report import GOALS, metrics, table
+from bench.timing import Moment
 from model import SIZES
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIG = replace(SIZES["14m"], hidden=48, heads=3, vocab=100, seq_len=24, rotary_fraction=0.5)
 BATCH = 2
 
-ELSEWHERE = ("liger", "flash-attn", "cudnn", "compile", "flex", "rotary+")  # not installed, no GPU, or too slow a test
+NOT_TESTED = ("liger", "flash-attn", "cudnn", "compile", "flex", "rotary+")  # need a package or a GPU, or are slow
 
 
 def run(op: str, arm: str = "tripod"):
-    """inputs, outputs, their incoming gradients, and the gradients of the inputs."""
+    """Returns inputs, outputs, the gradients of the outputs, and the gradients of the inputs."""
     torch.manual_seed(0)
     inputs = OPS[op].inputs(CONFIG, BATCH, torch.empty(0))
     outputs = outputs_of(*OPS[op].arms[arm](*inputs))
     d_outputs = incoming_gradients(outputs)
-    gradients = values(outputs, inputs, d_outputs)[len(outputs) :]
+    gradients = with_gradients(outputs, inputs, d_outputs)[len(outputs) :]
     return inputs, outputs, d_outputs, gradients
 
 
 def size(*tensors: torch.Tensor) -> int:
-    """Bytes of tensors; vectors are no part of a floor."""
+    """Bytes of tensors. Floors do not count vectors."""
     return sum(t.numel() * t.itemsize for t in tensors if t.dim() > 1)
 
 
@@ -55,7 +55,7 @@ def test_floor_of_attention():
         out = (q @ k.mT) @ v
     with FlopCounterMode(display=False) as backward:
         out.sum().backward()
-    # Of the whole square half is credited; to backward also the scores, which forward does not keep.
+    # Half of the square is counted. Backward also computes the scores again, because forward does not keep them.
     assert floor("rotary_attention", "forward").flops == forward.get_total_flops() / 2
     again = scores_only.get_total_flops()
     assert floor("rotary_attention", "backward").flops == (backward.get_total_flops() + again) / 2
@@ -64,7 +64,7 @@ def test_floor_of_attention():
 
 def test_floor_of_layer_norm():
     (x, attn, mlp, *_), outputs, d_outputs, (dx, d_attn, d_mlp, *_) = run("add_dual_layer_norm")
-    assert torch.equal(dx, d_attn)  # and so only one of the three has to be written
+    assert torch.equal(dx, d_attn)  # so only one of the three must be written
     assert torch.equal(dx, d_mlp)
     assert floor("add_dual_layer_norm", "forward") == (0, size(x, attn, mlp, *outputs))
     assert floor("add_dual_layer_norm", "backward") == (0, size(outputs[0], *d_outputs, dx))
@@ -86,9 +86,9 @@ def test_floor_of_cross_entropy():
 
 @pytest.mark.parametrize(
     ("op", "arm"),
-    [(op, arm) for op, facts in OPS.items() for arm in facts.arms if not arm.startswith(("tripod", *ELSEWHERE))],
+    [(name, arm) for name, op in OPS.items() for arm in op.arms if not arm.startswith(("tripod", *NOT_TESTED))],
 )
-def test_a_peer_computes_what_we_do(op, arm):
+def test_a_peer_computes_the_same(op, arm):
     if arm == "torch chunked" and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         pytest.skip("this torch has no chunked F.linear_cross_entropy")
     _, outputs, _, gradients = run(op)
@@ -106,7 +106,7 @@ def test_a_peer_computes_what_we_do(op, arm):
             check_agreement(tuple(wrong), ours, 1e-5)
 
 
-def test_agreement_is_of_all_outputs_and_shapes():
+def test_agreement_checks_all_outputs_and_shapes():
     x = torch.ones(3, 2)
     check_agreement((x,), (x,), 0.0)
     for found, message in (((x, x), "2 outputs"), ((x.T,), "is torch.Size"), ((x * torch.nan,), "by nan")):
@@ -114,7 +114,7 @@ def test_agreement_is_of_all_outputs_and_shapes():
             check_agreement(found, (x,), 0.1)
 
 
-def test_a_moment_is_stamped_by_the_device(monkeypatch):
+def test_a_moment_is_the_time_of_the_device(monkeypatch):
     class Event:
         """The device reaches every event a quarter of a second after the one before it."""
 
@@ -131,7 +131,7 @@ def test_a_moment_is_stamped_by_the_device(monkeypatch):
             self.reached = True
 
         def elapsed_time(self, later):
-            assert later.reached, "asked before the device was there"
+            assert later.reached, "read before the device reached it"
             return later.stamp - self.stamp
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
@@ -139,7 +139,7 @@ def test_a_moment_is_stamped_by_the_device(monkeypatch):
     assert Moment() - began == 0.25
 
 
-def test_reason_is_the_innermost():
+def test_reason_is_the_innermost_exception():
     outer, inner = RuntimeError("compilation failed"), NotImplementedError("no backward\non this device")
     outer.__cause__ = inner
     assert reason(outer) == "NotImplementedError: no backward"
@@ -151,10 +151,10 @@ CEILINGS = {"bytes_per_s": 2e12, "flops_per_s": 5e14}
 
 def case(op: str, passes: str, arm: str, milliseconds: float, floor: Floor, peak_bytes: int | None = None) -> dict:
     key = {"op": op, "passes": passes, "size": "160m", "arm": arm}
-    return key | entry(milliseconds / 1e3, floor, CEILINGS, peak_bytes)
+    return key | metrics(milliseconds / 1e3, floor, CEILINGS, peak_bytes)
 
 
-def test_entry():
+def test_metrics():
     moved = case("bias_gelu", "forward", "tripod", 2.0, Floor(0, 2e9))
     assert (moved["bound"], moved["bytes_per_s"], moved["ceiling"]) == ("bytes", 1e12, 0.5)
     computed = case("rotary_attention", "forward", "tripod", 4.0, Floor(1e12, 2e9))
@@ -176,42 +176,42 @@ def test_table():
         ]
     )
     lines = lines_of(text)
-    assert lines[0] == "measured ceilings: copy 2,000 GB/s, product 500 TFLOP/s"
+    assert lines[0] == "measured ceilings: copy 2,000 GB/s, matmul 500 TFLOP/s"
     assert "linear_cross_entropy both 160m tripod 10.000 <= 600 MB yes 400 TFLOP/s 80% 590" in lines
     assert "linear_cross_entropy both 160m eager 20.000 2.00 >= 1.8 yes 200 TFLOP/s 40% 11,500" in lines
     assert "linear_cross_entropy both 160m torch chunked 10.900 1.09 >= 1.1 NO 367 TFLOP/s 73% 1,000" in lines
     assert "linear_cross_entropy both 160m liger: not measured, No module" in text
     assert "linear_cross_entropy both 160m liger: >= 1.3, not measured" in text
-    assert f"bars not measured: {len(BARS) - 3} of {len(BARS)}" in text
+    assert f"goals not measured: {len(GOALS) - 3} of {len(GOALS)}" in text
     assert "linear_cross_entropy both 160m eager: >= 1.8, not measured" not in text
 
 
-def test_a_peer_without_ours_has_no_ratio():
+def test_without_tripod_a_peer_has_no_ratio():
     text = table([case("linear_cross_entropy", "both", "eager", 20.0, Floor(4e12, 1e9))])
     assert "linear_cross_entropy both 160m eager 20.000 200 TFLOP/s 40%" in lines_of(text)
-    assert f"bars not measured: {len(BARS)} of {len(BARS)}" in text
+    assert f"goals not measured: {len(GOALS)} of {len(GOALS)}" in text
 
 
-@pytest.mark.parametrize("bar", BARS, ids=" ".join)
-def test_bars_are_of_what_is_measured(bar):
-    op, passes, model, arm = bar
+@pytest.mark.parametrize("goal", GOALS, ids=" ".join)
+def test_every_goal_is_measured(goal):
+    op, passes, model, arm = goal
     assert passes in OPS[op].passes
     assert model in OPS[op].sizes
     assert arm in OPS[op].arms
-    assert (arm == "tripod") == (BARS[bar][0] != "ratio")
+    assert (arm == "tripod") == (GOALS[goal][0] != "ratio")
 
 
-def test_sizes_have_every_head_dim_of_the_bars():
+def test_attention_is_measured_at_every_head_dim():
     assert [SIZES[model].head_dim for model in OPS["rotary_attention"].sizes] == [64, 128, 80]
-    assert all(SIZES[model].seq_len == 2048 for facts in OPS.values() for model in facts.sizes)
+    assert all(SIZES[model].seq_len == 2048 for op in OPS.values() for model in op.sizes)
 
 
-def test_a_cpu_is_said_to_measure_no_kernels(monkeypatch):
+def test_on_a_cpu_the_note_says_that_no_kernels_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     here = setting()
     assert here.device.type == "cpu"
     assert "no CUDA device" in here.note
-    assert all(list(here.configs(facts)) == ["14m"] for facts in OPS.values())
+    assert all(list(here.configs(op)) == ["14m"] for op in OPS.values())
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""Every op of kernels/ beside its peers: pytest bench --benchmark-only."""
