@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bench.peers import PACKAGES
-from kernels.linear import product
+from kernels.linear import matmul
 
 WARM_UP = 2  # rounds that do not count
 ROUNDS = {"cuda": 10, "cpu": 5}  # that count, at least
@@ -149,7 +149,7 @@ def product_rate(m: int, n: int, k: int, dtype: torch.dtype, device: torch.devic
     """FLOP/s of the product of an m x k and a k x n matrix, by the library that the model's products take (see
     kernels/linear.py), in its best round."""
     x, weight = torch.randn(m, k, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype)
-    return 2 * m * n * k / min(measure(lambda: product(x, weight), device, flush))
+    return 2 * m * n * k / min(measure(lambda: matmul(x, weight), device, flush))
 
 
 def product_ceiling(dtype: torch.dtype, device: torch.device, flush: Callable) -> float:
