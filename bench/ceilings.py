@@ -11,7 +11,7 @@ import torch
 
 from bench.peers import PACKAGES
 from bench.timing import measure
-from kernels.linear import product
+from kernels.linear import matmul
 
 
 def machine(device: torch.device) -> dict:
@@ -44,4 +44,4 @@ def matmul_ceiling(dtype: torch.dtype, device: torch.device, flush: Callable) ->
     """
     n = 8192 if device.type == "cuda" else 2048
     x, weight = torch.randn(n, n, device=device).to(dtype), torch.randn(n, n, device=device).to(dtype)
-    return 2 * n**3 / min(measure(lambda: product(x, weight), device, flush))
+    return 2 * n**3 / min(measure(lambda: matmul(x, weight), device, flush))

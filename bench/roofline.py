@@ -49,7 +49,7 @@ from bench.timing import ForeignCPU, clock, flush_of, measure, undisturbed
 from kernels import add_dual_layer_norm, add_layer_norm, bias_gelu, linear, linear_cross_entropy, rotary_attention
 from kernels.backend import triton_runs
 from kernels.cross_entropy import CHUNK, TRITON_CHUNK
-from kernels.linear import product
+from kernels.linear import matmul
 from model import SIZES, Config
 from parallel.gradients import Gradients
 from plan.report import peak_flops
@@ -183,7 +183,7 @@ def projection_ops(name: str, spec: StepSpec) -> list[Op]:
 
     return [
         Op(f"{name} forward", layers, floor, partial(_forward, linear, inputs)),
-        Op(f"{name} d_input", layers, floor, partial(_forward, product, d_input)),  # as the backward of linear calls it
+        Op(f"{name} d_input", layers, floor, partial(_forward, matmul, d_input)),  # as the backward of linear calls it
         Op(f"{name} d_weight", layers, floor, partial(_backward, linear, partial(inputs, grad=False))),
     ]
 
@@ -197,8 +197,8 @@ def loss_matmuls(spec: StepSpec) -> list[Op]:
     chunks = -(-tokens // chunk)
     draw = partial(spec.draw, grad=False)
     calls = {
-        "forward": (product, lambda: (draw(chunk, hidden), draw(vocab, hidden))),
-        "d_input": (product, lambda: (draw(chunk, vocab), draw(vocab, hidden).T)),
+        "forward": (matmul, lambda: (draw(chunk, hidden), draw(vocab, hidden))),
+        "d_input": (matmul, lambda: (draw(chunk, vocab), draw(vocab, hidden).T)),
         "d_weight": (torch.mm, lambda: (draw(chunk, vocab).T, draw(chunk, hidden))),
     }
     return [Op(f"unembed {name}", chunks, floor, partial(_forward, *call)) for name, call in calls.items()]

@@ -2,19 +2,19 @@
 
     gelu(h) = h * P(h)
 
-where P(h) = P(Z <= h) for a standard normal Z, exactly or nearly:
+where P(h) = P(Z <= h) for a standard normal Z, exactly ("none") or approximately ("tanh"):
 
     P(h) = (1 + erf(h / sqrt(2))) / 2                                 P'(h) = exp(-h^2 / 2) / sqrt(2 pi)       ("none")
     P(h) = (1 + tanh(z)) / 2,  z = sqrt(2 / pi) (h + 0.044715 h^3)    P'(h) = P(h) (1 - P(h)) 2z'             ("tanh")
 
-Pythia was *trained* with the tanh form (every configuration sets `bias-gelu-fusion`, whose code is tanh) while the
-published config.json says "gelu", which Hugging Face evaluates by erf. The two differ by at most 4.7e-4 in a point.
+Pythia was *trained* with the tanh form: every configuration sets `bias-gelu-fusion`, and GPT-NeoX implements it with
+tanh. The published config.json says "gelu", which Hugging Face computes with erf. The two differ by at most 4.7e-4.
 
 Backward, with da the gradient of gelu(h + bias),
 
-    dh = da * (P(h + bias) + (h + bias) * P'(h + bias)),    dbias = sum of dh over all rows
+    dh = da * (P(h + bias) + (h + bias) * P'(h + bias)),    d_bias = sum of dh over all rows
 
-needs h and bias only: gelu(h + bias) itself may be dropped and computed again.
+needs only h and bias, so the output can be dropped and computed again.
 """
 
 import torch
@@ -23,24 +23,24 @@ from torch import Tensor
 
 from kernels.backend import tl, triton, triton_runs
 
-# ---------------------------------------------------------------------------------------------- the definition
+# ---- reference -------------------------------------------------------------------------------------------------------
 
 
-def define(h: Tensor, bias: Tensor, approximate: str) -> Tensor:
+def bias_gelu_reference(h: Tensor, bias: Tensor, approximate: str) -> Tensor:
     return F.gelu(h + bias.to(h.dtype), approximate=approximate)
 
 
-# ---------------------------------------------------------------------------------------------- the kernels
-# A program takes a few columns of some consecutive rows, one after the other. A thread so keeps its columns: the bias
-# is read once, and the sum of its gradient needs no exchange with other threads.
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+# A program takes COLUMNS columns of some consecutive rows, one row after the other. A thread keeps its columns, so the
+# bias is read once, and the sum for its gradient needs no exchange between threads.
 
 
 @triton.jit
 def _normal(h, TANH: tl.constexpr):
     """P(h) and P'(h)."""
     if TANH:
-        # (1 + tanh(z)) / 2 = 1 / (1 + exp(-2z)). With a = exp(-|2z|), nothing overflows, and nothing cancels in the
-        # tails. Beyond 16, a is 0 and P is 0 or 1; only h^2 would still grow.
+        # (1 + tanh(z)) / 2 = 1 / (1 + exp(-2z)). With a = exp(-|2z|) nothing overflows, and the tails lose no digits.
+        # Beyond |h| = 16, a is 0 and P is 0 or 1. The clamp keeps h^2 finite.
         h = tl.clamp(h, -16.0, 16.0)
         a = tl.exp2(-tl.abs(h * (2.302208198 + 0.1029432397 * h * h)))  # log2(e) * 2 * sqrt(2 / pi) * (1, 0.044715)
         p = 1 / (1 + a)
@@ -51,47 +51,63 @@ def _normal(h, TANH: tl.constexpr):
 
 
 @triton.jit
-def _forward(h, bias, out, rows, rows_per_program, FFN: tl.constexpr, COLUMNS: tl.constexpr, TANH: tl.constexpr):
+def gelu_forward_kernel(
+    h_ptr, bias_ptr, out_ptr, rows, rows_per_program, FFN: tl.constexpr, COLUMNS: tl.constexpr, TANH: tl.constexpr
+):
+    """out = gelu(h + bias).
+
+    h_ptr     [rows, FFN]
+    bias_ptr  [FFN]
+    out_ptr   [rows, FFN], output
+    """
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < FFN
-    b = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
-    first = tl.program_id(0).to(tl.int64) * rows_per_program  # int64: a row may start past 2^31 numbers
+    mask = columns < FFN
+    bias = tl.load(bias_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    first = tl.program_id(0).to(tl.int64) * rows_per_program  # int64: h may have more than 2^31 elements
     for row in tl.range(first, tl.minimum(first + rows_per_program, rows)):
-        at = row * FFN + columns
-        row_h = tl.load(h + at, mask=inside, other=0.0).to(tl.float32) + b
-        probability, _ = _normal(row_h, TANH)
-        tl.store(out + at, (row_h * probability).to(out.dtype.element_ty), mask=inside)
+        offsets = row * FFN + columns
+        h = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32) + bias
+        probability, _ = _normal(h, TANH)
+        tl.store(out_ptr + offsets, (h * probability).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _backward(
-    da, h, bias, dh, d_bias, rows, rows_per_program, FFN: tl.constexpr, COLUMNS: tl.constexpr, TANH: tl.constexpr
-):
-    """d_bias [programs, ffn] gets the sum over the rows of each program, in their order."""
+def gelu_backward_kernel(
+    da_ptr, h_ptr, bias_ptr, dh_ptr, d_bias_ptr, rows, rows_per_program,
+    FFN: tl.constexpr, COLUMNS: tl.constexpr, TANH: tl.constexpr,
+):  # fmt: skip
+    """dh, and for every program the sum of dh over its rows, in their order.
+
+    da_ptr      [rows, FFN], gradient of the output
+    h_ptr       [rows, FFN]
+    bias_ptr    [FFN]
+    dh_ptr      [rows, FFN], output
+    d_bias_ptr  [programs, FFN] float32, output: partial sums of the gradient of the bias
+    """
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < FFN
-    b = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    mask = columns < FFN
+    bias = tl.load(bias_ptr + columns, mask=mask, other=0.0).to(tl.float32)
     program = tl.program_id(0).to(tl.int64)
     first = program * rows_per_program
-    total = tl.zeros([COLUMNS], tl.float32)
+    d_bias = tl.zeros([COLUMNS], tl.float32)
     for row in tl.range(first, tl.minimum(first + rows_per_program, rows)):
-        at = row * FFN + columns
-        row_h = tl.load(h + at, mask=inside, other=0.0).to(tl.float32) + b
-        row_da = tl.load(da + at, mask=inside, other=0.0).to(tl.float32)
-        probability, density = _normal(row_h, TANH)
-        row_dh = row_da * (probability + row_h * density)
-        tl.store(dh + at, row_dh.to(dh.dtype.element_ty), mask=inside)
-        total += row_dh
-    tl.store(d_bias + program * FFN + columns, total, mask=inside)
+        offsets = row * FFN + columns
+        h = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32) + bias
+        da = tl.load(da_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        probability, density = _normal(h, TANH)
+        dh = da * (probability + h * density)
+        tl.store(dh_ptr + offsets, dh.to(dh_ptr.dtype.element_ty), mask=mask)
+        d_bias += dh
+    tl.store(d_bias_ptr + program * FFN + columns, d_bias, mask=mask)
 
 
-# ---------------------------------------------------------------------------------------------- the op
+# ---- op --------------------------------------------------------------------------------------------------------------
 
-ROWS = 64  # of a program: enough of them to fill a GPU, and few partial sums
+ROWS = 64  # of a program: enough programs to fill a GPU, and few partial sums
 
 
 def _launch(h: Tensor, approximate: str) -> tuple[tuple[int, int], dict]:
-    """The grid, and the rest: eight columns, or 16 bytes of bfloat16, a thread."""
+    """The grid and the constants of a launch. A thread takes eight columns, 16 bytes of bfloat16."""
     ffn = h.shape[-1]
     columns = min(triton.next_power_of_2(ffn), 1024)
     grid = triton.cdiv(h.numel() // ffn, ROWS), triton.cdiv(ffn, columns)
@@ -103,56 +119,48 @@ def _bias_gelu(h: Tensor, bias: Tensor, approximate: str) -> Tensor:
     out = torch.empty_like(h)
     grid, launch = _launch(h, approximate)
     with torch.cuda.device_of(h):  # Triton launches on the current device
-        _forward[grid](h, bias, out, h.numel() // len(bias), ROWS, **launch)
+        gelu_forward_kernel[grid](h, bias, out, h.numel() // len(bias), ROWS, **launch)
     return out
-
-
-@_bias_gelu.register_fake
-def _(h, bias, approximate):
-    return torch.empty_like(h)
 
 
 @torch.library.custom_op("tripod::bias_gelu_backward", mutates_args=())
 def _bias_gelu_backward(da: Tensor, h: Tensor, bias: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
     """The gradients of h and bias."""
     grid, launch = _launch(h, approximate)
+    da = da.contiguous()  # autograd may pass an expanded gradient, with strides of 0
     dh, d_bias = torch.empty_like(h), h.new_empty(grid[0], len(bias), dtype=torch.float32)
     with torch.cuda.device_of(h):
-        # A gradient may come expanded, with strides of 0.
-        _backward[grid](da.contiguous(), h, bias, dh, d_bias, h.numel() // len(bias), ROWS, **launch)
+        gelu_backward_kernel[grid](da, h, bias, dh, d_bias, h.numel() // len(bias), ROWS, **launch)
     return dh, d_bias.sum(0).to(bias.dtype)
 
 
-@_bias_gelu_backward.register_fake
-def _(da, h, bias, approximate):
-    return torch.empty_like(h), torch.empty_like(bias)
-
-
-def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+def _bias_gelu_setup_context(ctx, inputs: tuple, output: Tensor) -> None:
     h, bias, ctx.approximate = inputs
     ctx.save_for_backward(h, bias)
 
 
-def _gradients(ctx, da: Tensor) -> tuple[Tensor, Tensor, None]:
+def _bias_gelu_gradients(ctx, da: Tensor) -> tuple[Tensor, Tensor, None]:
     return *_bias_gelu_backward(da, *ctx.saved_tensors, ctx.approximate), None
 
 
-_bias_gelu.register_autograd(_gradients, setup_context=_setup_context)
+_bias_gelu.register_fake(lambda h, bias, approximate: torch.empty_like(h))
+_bias_gelu_backward.register_fake(lambda da, h, bias, approximate: (torch.empty_like(h), torch.empty_like(bias)))
+_bias_gelu.register_autograd(_bias_gelu_gradients, setup_context=_bias_gelu_setup_context)
 
 
 def bias_gelu(h: Tensor, bias: Tensor, approximate: str = "tanh") -> Tensor:
-    """gelu(h + bias) for h [.., ffn] and bias [ffn]; approximate is "tanh" or "none". Same shape and dtype as h.
+    """gelu(h + bias) for h [.., ffn] and bias [ffn], in the shape and dtype of h; approximate is "tanh" or "none".
 
-    The bias may be of another dtype than h. Raises ValueError when something does not fit.
+    The dtype of the bias may differ from that of h. Raises ValueError if an argument does not fit.
     """
     if approximate not in ("tanh", "none"):
         raise ValueError(f'approximate must be "tanh" or "none", not {approximate!r}')
     if bias.shape != h.shape[-1:]:
         raise ValueError(f"bias must be [{h.shape[-1]}] like the last dimension of h, not {list(bias.shape)}")
     if not bias.dtype.is_floating_point:
-        raise ValueError(f"bias must be of a floating-point dtype, not {bias.dtype}")
+        raise ValueError(f"bias must have a floating-point dtype, not {bias.dtype}")
     if bias.device != h.device:
         raise ValueError(f"bias must be on {h.device} like h, not on {bias.device}")
     if not h.is_contiguous() or not bias.is_contiguous():
-        raise ValueError(f"h and bias must be contiguous: their strides are {h.stride()} and {bias.stride()}")
-    return _bias_gelu(h, bias, approximate) if triton_runs(h) else define(h, bias, approximate)
+        raise ValueError(f"h and bias must be contiguous, but their strides are {h.stride()} and {bias.stride()}")
+    return _bias_gelu(h, bias, approximate) if triton_runs(h) else bias_gelu_reference(h, bias, approximate)

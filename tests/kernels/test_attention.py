@@ -217,8 +217,8 @@ def test_selective_checkpointing_need_not_run_it_again(device, monkeypatch):
     inputs = draw(20, 32, torch.float32, device)
     expected = results(*inputs)
     rotations = []
-    rotated = attention._rotated
-    monkeypatch.setattr(attention, "_rotated", lambda *of: rotations.append(of) or rotated(*of))
+    rotate_qk = attention.rotate_qk
+    monkeypatch.setattr(attention, "rotate_qk", lambda *inputs: rotations.append(inputs) or rotate_qk(*inputs))
 
     def policy(context, op, *args, **kwargs):
         kept = op == torch.ops.tripod.rotary_attention.default
@@ -234,7 +234,7 @@ def test_selective_checkpointing_need_not_run_it_again(device, monkeypatch):
 
 def test_refuses_what_the_kernels_can_not_do():
     qkv, cos, sin, _ = draw(4, 32, torch.float32, torch.device("cpu"))
-    with pytest.raises(ValueError, match=r"head_dim 16, 32, 64, 80, 128, 256, not 48"):
+    with pytest.raises(ValueError, match=r"support head_dim 16, 32, 64, 80, 128, 256, not 48"):
         rotary_attention(qkv.new_zeros(1, 4, 2, 3, 48), cos, sin)
     with pytest.raises(ValueError, match="rotate 2 to 64 of the 80 columns of a head, not 68"):
         rotary_attention(qkv.new_zeros(1, 4, 2, 3, 80), cos.new_zeros(4, 34), sin.new_zeros(4, 34))
@@ -250,7 +250,7 @@ def test_refuses_what_the_kernels_can_not_do():
         rotary_attention(qkv, cos, sin.T.contiguous().T)
     with pytest.raises(ValueError, match="on one device"):
         rotary_attention(qkv, cos.to("meta"), sin)
-    with pytest.raises(ValueError, match="interpreter can not multiply bfloat16"):
+    with pytest.raises(ValueError, match="interpreter cannot multiply bfloat16"):
         rotary_attention(qkv.bfloat16(), cos, sin)
 
 

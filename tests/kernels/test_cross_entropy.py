@@ -236,7 +236,7 @@ def test_products_and_host_syncs(reduction, gradient, products, device, small_ch
     the host wait for the device."""
     hidden, weight, targets = draw(12, 97, 24, torch.float32, device)
     with torch.set_grad_enabled(gradient), Count() as count:
-        loss = cross_entropy._by_chunks_on_triton(
+        loss = cross_entropy.linear_cross_entropy_by_kernel(
             hidden.detach(), weight.detach(), targets, reduction == "mean" and gradient
         )
         del loss

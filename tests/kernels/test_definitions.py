@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from kernels import add_dual_layer_norm, add_layer_norm, bias_gelu, linear_cross_entropy, rotary_attention
-from kernels.attention import SHORT, rotary_tables, rotate
+from kernels.cpu_attention import SHORT_SEQ
 from kernels.cross_entropy import CHUNK
+from kernels.rotary import rotary_tables, rotate
 
 
 def brute_force_attention(qkv, base, rotary_dim):
@@ -46,9 +47,9 @@ def test_rotary_attention_is_the_formula(head_dim, rotary_dim):
     )
 
 
-@pytest.mark.parametrize("seq", [1, 63, 64, 133, SHORT, SHORT + 1])
+@pytest.mark.parametrize("seq", [1, 63, 64, 133, SHORT_SEQ, SHORT_SEQ + 1])
 def test_short_rows_and_long_ones_have_the_same_attention(seq):
-    """Up to SHORT positions there is a way of its own on a CPU, but not for float64."""
+    """Up to SHORT_SEQ positions there is a way of its own on a CPU, but not for float64."""
     torch.manual_seed(0)
     qkv = torch.randn(2, seq, 3, 3, 16, dtype=torch.float64)
     qkv[0] *= 30  # probabilities of 0 and 1

@@ -1,10 +1,10 @@
-"""kernels.linear, whose float32 products on a CPU go to another library than torch's: against float64."""
+"""kernels.linear against float64. For float32 on a CPU it calls another library than torch does."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.linear import _linear, linear, product
+from kernels.linear import _linear, linear, matmul
 
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float64: 1e-14}
 
@@ -41,12 +41,12 @@ def test_weights_of_another_dtype_get_gradients_in_theirs():
 
 def test_transposed_weights_and_expanded_gradients():
     x, weight = draw(9, 16), draw(16, 12).detach().T
-    torch.testing.assert_close(product(x, weight), x @ weight.T)
+    torch.testing.assert_close(matmul(x, weight), x @ weight.T)
     linear(x, weight).sum().backward()
     torch.testing.assert_close(x.grad, weight.sum(0).expand(9, 16))
 
 
-def test_only_wanted_gradients_are_formed():
+def test_only_wanted_gradients_are_computed():
     x, weight = draw(4, 6).detach(), draw(5, 6)
     linear(x, weight).sum().backward()
     torch.testing.assert_close(weight.grad, x.sum(0).expand(5, 6))

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from kernels import tiles
-from kernels.attention import CHUNKS, ROTATE_BLOCK, _dkv_kernel, _dq_kernel, _forward_kernel, _rotate_kernel
+from kernels.attention import CHUNKS, attention_dkv_kernel, attention_dq_kernel, attention_forward_kernel
+from kernels.rotary import ROTATE_BLOCK, rotate_kernel
 from model import SIZES
 from tests.kernels.shipped import Shipped
 
@@ -15,13 +16,14 @@ HEADS = {config.head_dim: config.heads for config in SIZES.values()}
 def _shipped(
     what: str, kernel: Any, arch: int, head_dim: int, tile: tiles.Tile, tensors: dict[str, int], **constants: bool
 ) -> Shipped:
-    """`tensors` has the rows of a tile of each. They come as descriptors, before Hopper as pointers, chunk by chunk."""
-    signature = {"lse": "*fp32", "delta": "*fp32", "cos": "*fp32", "sin": "*fp32", "seq": "i32"}
+    """One attention kernel. `tensors` maps the name of a tensor of tiles to the rows of its tiles. From Hopper on these
+    tensors are passed as descriptors, before as pointers, one for every column chunk."""
+    signature = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "seq": "i32"}
     constants |= {"HEADS": HEADS[head_dim], "HEAD_DIM": head_dim, "HALF": head_dim // 8}
     constants |= {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k}
     for tensor, rows in tensors.items():
-        constants[f"{tensor}_tail"] = None  # unless there is a second chunk
-        for argument, columns in zip((tensor, f"{tensor}_tail"), CHUNKS[head_dim]):
+        constants[f"{tensor}_tail_ptr"] = None  # unless there is a second chunk
+        for argument, columns in zip((f"{tensor}_ptr", f"{tensor}_tail_ptr"), CHUNKS[head_dim]):
             signature[argument] = f"tensordesc<bf16[1, {rows}, {columns}]>" if arch >= 90 else "*bf16"
     return Shipped(
         name=f"attention {what}, head_dim {head_dim}",
@@ -37,36 +39,27 @@ def _shipped(
 def shipped(arch: int) -> list[Shipped]:
     kernels = []
     for head_dim in sorted(HEADS):
+        shape = {"HEADS": HEADS[head_dim], "HEAD_DIM": head_dim}
         forward, dq, dk, dv = tiles.attention(arch, head_dim, torch.bfloat16)
         q, k = forward.block_q, forward.block_k
         tensors = {"q": q, "k": k, "v": k, "out": q}
-        kernels.append(_shipped("forward", _forward_kernel, arch, head_dim, forward, tensors))
+        kernels.append(_shipped("forward", attention_forward_kernel, arch, head_dim, forward, tensors))
         q, k = dq.block_q, dq.block_k
         tensors = {"q": q, "k": k, "v": k, "out": q, "d_out": q, "d_qkv": q}
-        kernels.append(_shipped("dq", _dq_kernel, arch, head_dim, dq, tensors))
+        kernels.append(_shipped("dq", attention_dq_kernel, arch, head_dim, dq, tensors))
         for what, tile in ({"dk and dv": dk} if dv is None else {"dk": dk, "dv": dv}).items():
             q, k = tile.block_q, tile.block_k
             tensors = {"q": q, "k": k, "v": k, "d_out": q, "d_qkv": k}
             wanted = {"DK": "dk" in what, "DV": "dv" in what}
-            kernels.append(_shipped(what, _dkv_kernel, arch, head_dim, tile, tensors, **wanted))
+            kernels.append(_shipped(what, attention_dkv_kernel, arch, head_dim, tile, tensors, **wanted))
         kernels.append(
             Shipped(
                 name=f"attention rotation, head_dim {head_dim}",
-                kernel=_rotate_kernel,
-                signature={
-                    "qkv": "*bf16",
-                    "cos": "*fp32",
-                    "sin": "*fp32",
-                    "rotated": "*bf16",
-                    "rows": "i32",
-                    "seq": "i32",
-                },
-                constants={
-                    "HEADS": HEADS[head_dim],
-                    "HEAD_DIM": head_dim,
-                    "HALF": head_dim // 8,
-                    "BLOCK": ROTATE_BLOCK,
-                },
+                kernel=rotate_kernel,
+                signature=dict.fromkeys(("qkv_ptr", "rotated_ptr"), "*bf16")
+                | dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32")
+                | dict.fromkeys(("rows", "seq"), "i32"),
+                constants=shape | {"HALF": head_dim // 8, "BLOCK": ROTATE_BLOCK},
                 num_warps=4,
                 num_stages=3,
             )

@@ -1,6 +1,6 @@
 """The loss over the three padded vocabularies of the suite, with its gradient (training) and without (evaluation)."""
 
-from kernels.cross_entropy import LANES, _cross_entropy_kernel
+from kernels.cross_entropy import LANES, cross_entropy_kernel
 from tests.kernels.shipped import Shipped
 
 
@@ -8,9 +8,9 @@ def shipped(arch: int) -> list[Shipped]:
     return [
         Shipped(
             name=f"cross-entropy, {'mean' if gradient else 'loss only'}, vocab {vocab}",
-            kernel=_cross_entropy_kernel,
-            signature={"logits": "*bf16", "targets": "*i64", "losses": "*fp32"},
-            constants={"d_losses": None, "VOCAB": vocab, "WITH_GRADIENT": gradient, "LANES": LANES, "VECTOR": 8},
+            kernel=cross_entropy_kernel,
+            signature={"logits_ptr": "*bf16", "targets_ptr": "*i64", "losses_ptr": "*fp32"},
+            constants={"d_losses_ptr": None, "VOCAB": vocab, "WITH_GRADIENT": gradient, "LANES": LANES, "VECTOR": 8},
             num_warps=LANES // 32,
             num_stages=3,
         )
@@ -19,8 +19,8 @@ def shipped(arch: int) -> list[Shipped]:
     ] + [
         Shipped(
             name="cross-entropy, weighed gradient, vocab 50304",
-            kernel=_cross_entropy_kernel,
-            signature={"logits": "*bf16", "targets": "*i64", "losses": "*fp32", "d_losses": "*fp32"},
+            kernel=cross_entropy_kernel,
+            signature={"logits_ptr": "*bf16", "targets_ptr": "*i64", "losses_ptr": "*fp32", "d_losses_ptr": "*fp32"},
             constants={"VOCAB": 50_304, "WITH_GRADIENT": True, "LANES": LANES, "VECTOR": 8},
             num_warps=LANES // 32,
             num_stages=3,
