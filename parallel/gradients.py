@@ -42,7 +42,7 @@ class Gradients:
             self.model.set_reshard_after_backward(last or not self.keep_weights)
 
     def accumulate(self, last: bool) -> None:
-        """After a backward pass: add its gradients to those of the earlier micro-steps. (autograd does, if not bitwise.)"""
+        """After a backward pass: with bitwise, add its gradients to the sums. (Otherwise autograd adds to .grad.)"""
         if not self.bitwise:
             return
         level, total = 0, [local(p.grad) for p in self.parameters]
@@ -59,7 +59,7 @@ class Gradients:
                 p.grad = None
 
     def squared_norm(self) -> Tensor:
-        """This rank's summand of the squared L2 norm of all gradients, a float64 scalar. all_reduce gives the norm."""
+        """This rank's summand of the squared L2 norm of all gradients, a float64 scalar: all_reduce completes it."""
         if self.bitwise:
             return squared_norm_in_any_order(self.parameters, self.dist) * self.dist.is_main
         return squared_norm(self.parameters) / copies(self.parameters[0])
@@ -110,7 +110,7 @@ def squared_norm_in_any_order(parameters: list[Tensor], dist: Dist) -> Tensor:
 
 
 def _sum_in_pairs(x: Tensor) -> Tensor:
-    """The sum of squares of each row of x [rows, columns], or the square of each element of x [rows]: float64 [rows]."""
+    """Sum of squares of each row of x [rows, columns], or square of each element of x [rows]: float64 [rows]."""
     x = x.double().square().view(len(x), -1 if len(x) else 1)
     while (columns := x.shape[1]) > 1:
         pairs = x[:, 0 : columns - 1 : 2] + x[:, 1:columns:2]

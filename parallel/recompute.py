@@ -1,4 +1,4 @@
-"""Recompute: a block keeps fewer activations for its backward pass and computes the others again. Results do not change."""
+"""Recompute: a block keeps fewer activations and computes the others again in its backward pass, with the same bits."""
 
 from collections.abc import Callable
 from functools import partial
@@ -31,21 +31,19 @@ def set_recompute(model: Pythia, recompute: str) -> None:
     cheap    the results of matmuls and attention; norms, GELU, rotary and additions are computed again
     full     only the input of the block
     """
-    contexts = {}
-    if recompute == "cheap":
-        contexts["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    context = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if recompute == "cheap" else {}
     for block in model.blocks:
         vars(block).pop("forward", None)  # set by an earlier call
         if recompute != "none":
-            block.forward = _recomputing(block.forward, contexts)
+            block.forward = _recomputing(block.forward, context)
 
 
 def _policy(context, op, *args, **kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op in EXPENSIVE else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _recomputing(forward: Callable, contexts: dict) -> Callable:
-    def run(*args):  # torch.compile does not look into torch's own functions, but into this one
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **contexts)
+def _recomputing(forward: Callable, context: dict) -> Callable:
+    def run(*args):  # torch.compile compiles this function, but not torch's own
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **context)
 
     return run

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -14,14 +14,12 @@ from runtime.errors import UserError
 from runtime.files import atomic_write
 
 LOGGERS = ("tensorboard", "wandb")
-SECONDS_BETWEEN_LINES = 10  # of progress, where no terminal shows a bar
 
 
-class Metrics:
-    """Records the steps `start`, start + 1, ... of a run of `steps` steps.
+class Metrics(AbstractContextManager):
+    """Records the steps `start`, start + 1, ... of a run of `steps` steps; older records of these steps are removed.
 
-    Older records of these steps are removed. `loggers` are names of LOGGERS. Raises UserError if one of them is not
-    installed, or if the old records are damaged.
+    `loggers` are names of LOGGERS. Raises UserError if one is not installed, or if the old records are damaged.
     """
 
     def __init__(self, run: Path, start: int, steps: int, loggers: list[str], settings: dict):
@@ -31,9 +29,6 @@ class Metrics:
         self.file = path.open("a")
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=None, dynamic_ncols=True)
         self.printed = -math.inf
-
-    def __enter__(self) -> "Metrics":
-        return self
 
     def __exit__(self, *exception) -> None:
         self.file.close()
@@ -50,7 +45,7 @@ class Metrics:
         self.bar.set_postfix_str(summary, refresh=False)
         self.bar.update()
         now, done = time.monotonic(), values["step"] + 1
-        if self.bar.disable and (now - self.printed > SECONDS_BETWEEN_LINES or done == self.bar.total):
+        if self.bar.disable and (now - self.printed > 10 or done == self.bar.total):  # no terminal: a line in 10 s
             print(f"step {done}/{self.bar.total}: {summary}", flush=True)
             self.printed = now
 
@@ -59,6 +54,8 @@ def keep_records(path: Path, start: int) -> None:
     """Remove the records of step `start` and later, because a run that resumes at `start` writes them again."""
     if not path.exists():
         return
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a start that was killed here
+        leftover.unlink()
     lines = path.read_text().splitlines(keepends=True)
     try:  # a line without its end was cut off when the run was killed
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < start]
@@ -75,6 +72,10 @@ def open_logger(name: str, run: Path, settings: dict) -> Callable[[dict], None]:
     def scalars(record: dict) -> dict:
         return {key: value for key, value in record.items() if isinstance(value, int | float) and key != "step"}
 
+    def log(record: dict) -> None:
+        for key, value in scalars(record).items():
+            writer.add_scalar(key, value, record["step"])
+
     try:
         if name == "wandb":
             import wandb
@@ -82,17 +83,10 @@ def open_logger(name: str, run: Path, settings: dict) -> Callable[[dict], None]:
             from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError(f"--log {name} needs `pip install {name}`") from None
-
     if name == "wandb":
         wandb.init(project="tripod", name=run.name, id=run.name, dir=run, config=settings, resume="allow")
         return lambda record: wandb.log(scalars(record), step=record["step"])
-
     writer = SummaryWriter(run / "tensorboard")
-
-    def log(record: dict) -> None:
-        for key, value in scalars(record).items():
-            writer.add_scalar(key, value, record["step"])
-
     return log
 
 
@@ -123,10 +117,8 @@ class StepTimer:
 
 @contextmanager
 def profiler(run: Path, start: int, steps: int, rank: int) -> Iterator[Callable[[], None]]:
-    """Yields a function to call after every step. It writes a trace of `steps` steps to RUN/profile, or none for 0.
-
-    The first two steps after `start` are left out. Open a trace in chrome://tracing or https://ui.perfetto.dev.
-    """
+    """Yields a function to call after every step. It writes a trace of `steps` steps, after two that are left out, to
+    RUN/profile, for chrome://tracing or https://ui.perfetto.dev. steps = 0: no trace."""
     if not steps:
         yield lambda: None
         return

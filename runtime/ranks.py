@@ -89,10 +89,8 @@ class Dist:
             return True
 
     def run_on_main(self, work: Callable[[], T]) -> T | None:
-        """Run `work` on rank 0 while the others wait. Returns its result on rank 0, None elsewhere.
-
-        A UserError of `work` is raised on all ranks.
-        """
+        """Run `work` on rank 0 while the others wait. Returns its result on rank 0, None on the others. A UserError of
+        `work` is raised on all ranks."""
         result, error = None, ""
         if self.is_main:
             try:
@@ -117,8 +115,7 @@ class Dist:
 def init_dist(bitwise: bool = False) -> Dist:
     """Join the process group described by torchrun's environment variables. Without them this process is alone.
 
-    With `bitwise` a process group is made for one process too. Raises UserError if a rank finds no GPU of its own, or
-    if --bitwise does not work with this number of ranks.
+    Raises UserError if a rank finds no GPU of its own, or if --bitwise does not work with this number of ranks.
     """
     _save_when_torchrun_dies()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -136,7 +133,7 @@ def init_dist(bitwise: bool = False) -> Dist:
     if world_size == 1 and not bitwise:
         return Dist(device=device)
     if world_size == 1:
-        store = torch_dist.HashStore()
+        store = torch_dist.HashStore()  # --bitwise uses FSDP2 on one rank too, which needs a process group
     else:
         store = _unused_part(next(torch_dist.rendezvous("env://", timeout=TIMEOUT))[0], rank, world_size)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -145,8 +142,8 @@ def init_dist(bitwise: bool = False) -> Dist:
 
 
 def _save_when_torchrun_dies() -> None:
-    """Make the Linux kernel send SIGTERM to this rank when torchrun dies, even by kill -9. Then the rank saves and stops.
-    Otherwise it would train on and hold its GPU and the run directory."""
+    """Make Linux send SIGTERM to this rank when torchrun dies, even by kill -9: the rank saves and stops. Otherwise it
+    trains on, and occupies its GPU and the run directory."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

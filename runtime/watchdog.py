@@ -1,15 +1,13 @@
 """Names the rank that hangs: when one rank stops, all others wait for it in a collective, which names nobody.
 
-About once a second every rank posts a beat in torchrun's store: where its loop is, and for how many beats it has been
-there. A rank whose loop has not moved for the timeout reads the beats of all ranks:
+About once a second every rank posts a beat in torchrun's store: where its loop is, and for how many beats. (Counting
+seconds would give a false alarm after the whole job was suspended.) A rank that stalls for the timeout reads all beats:
 
     the loop of some rank still moves    that rank is slow, and the others wait for it
     a rank posts no new beats            its process is stopped or dead, or its machine is cut off
     a rank is behind all others          it hangs in its own work, for example it reads from a dead file system
     all ranks are at the same place      the collective itself hangs: the network, or a GPU
     the store does not answer            the machine of rank 0 is down, or cut off from this one
-
-Counting beats instead of seconds avoids a false alarm after the whole job was suspended.
 """
 
 import json
@@ -20,7 +18,6 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from threading import Event, Thread, current_thread, main_thread
-from typing import NoReturn
 
 from torch.distributed import DistError, PrefixStore
 
@@ -29,22 +26,18 @@ from runtime.ranks import Dist, lost_contact
 
 RESUME = "the same command resumes from the newest checkpoint"
 FAREWELL = 3  # after losing a peer, wait this many beats to find out which rank is gone
-NOT_STARTED = [-1, 0, ""]
+NOT_STARTED = [-1, 0]
 
 
 @dataclass
 class Beat:
-    """What a rank posts."""
+    """What a rank posts. `progress` and `places` are those of the loop and of the saving thread."""
 
     number: int = 0
-    stalled: int = 0  # for how many beats neither the loop nor the saving thread has moved
+    stalled: int = 0  # for how many beats neither of them has moved
     running: bool = True
-    # of the loop and of the saving thread: [step, number of the heartbeat in this step, phase]
-    progress: list[list] = field(default_factory=lambda: [NOT_STARTED, NOT_STARTED])
-
-    def place(self, thread: int = 0) -> str:
-        step, _, phase = self.progress[thread]
-        return f"step {step}, {phase}" if step >= 0 else "its start"
+    progress: list[list[int]] = field(default_factory=lambda: [NOT_STARTED] * 2)  # [step, n-th heartbeat in it]
+    places: list[str] = field(default_factory=lambda: ["its start"] * 2)
 
 
 class Watchdog:
@@ -55,23 +48,23 @@ class Watchdog:
     """
 
     def __init__(self, dist: Dist, timeout: float):
-        self.dist, self.left, self.reports = dist, Event(), True  # reports: whether this rank prints its error
+        self.dist, self.rank, self.left, self.reports = dist, dist.rank, Event(), True
         self.interval = min(timeout / 10, 1.0)  # seconds between beats
         self.patience = math.ceil(timeout / self.interval)  # beats
-        self.mine, self.moved, self.answered = Beat(), math.inf, 0  # moved, answered: at which beat the loop, the store
+        self.mine, self.moved = Beat(), math.inf  # moved: number of the beat at the last heartbeat
         self.beats = [Beat() for _ in range(dist.world_size)]  # as last read
         self.silence = [0] * dist.world_size  # for how many reads the beat of a rank has not changed
 
     def heartbeat(self, step: int, phase: str) -> None:
         """Record that a phase of a step begins. All ranks make the same calls, also in the thread that saves."""
         thread = current_thread() is not main_thread()
-        last_step, n, _ = self.mine.progress[thread]
-        self.mine.progress[thread] = [step, n + 1 if step == last_step else 0, phase]
-        self.moved = self.mine.number
+        last_step, n = self.mine.progress[thread]
+        self.mine.progress[thread] = [step, n + 1 if step == last_step else 0]
+        self.mine.places[thread], self.moved = f"step {step}, {phase}", self.mine.number
 
     def __enter__(self) -> "Watchdog":
         if self.dist.world_size > 1:
-            self.names = self.dist.all_gather_str(f"rank {self.dist.rank} ({platform.node()}:{os.getpid()})")
+            self.names = self.dist.all_gather_str(f"rank {self.rank} ({platform.node()}:{os.getpid()})")
             # A connection of its own: the connection of a thread that waits in the store is in use.
             self.dist = replace(self.dist, store=PrefixStore("watchdog", self.dist.store.clone()))
             self._exchange()
@@ -88,17 +81,14 @@ class Watchdog:
         time.sleep((FAREWELL + 2) * self.interval if reason else 0)  # meanwhile the beats show which rank is gone
         self.left.set()
         self.exchange.join(5)  # the store may never answer
-        if reason and not self.reports:
-            raise SystemExit(1) from None
         if reason:
             gone = [r for r, beat in enumerate(self.beats) if beat.running and self.silence[r] >= FAREWELL]
-            peers = f"{self._name(gone) or 'other ranks'} in {self.mine.place()}: killed, or cut off ({reason})"
-            raise UserError(f"{self.names[self.dist.rank]} lost contact with {peers}; {RESUME}") from None
-
-    # A call of torch's store waits for the answer without a time limit: one thread calls it, another counts the beats.
+            peers = f"{self._name(gone) or 'other ranks'} in {self.mine.places[0]}: killed, or cut off ({reason})"
+            message = f"{self.names[self.rank]} lost contact with {peers}; {RESUME}"
+            raise (UserError(message) if self.reports else SystemExit(1)) from None
 
     def _watch_ranks(self) -> None:
-        """Exchange beats. End the process if a rank hangs."""
+        """Exchange beats. End the process if a rank hangs. A thread of its own: the store may never answer."""
         with suppress(DistError):  # the store is gone, which _watch_store reports if the loop stalls
             while not self.left.wait(self.interval):
                 self._exchange()
@@ -109,24 +99,25 @@ class Watchdog:
                 self.reports = self.dist.claim_error_report("watchdog")
 
     def _watch_store(self) -> None:
-        """Count the beats. End the process if neither the loop moves nor the store answers."""
+        """Count the beats, in another thread. End the process if neither the loop moves nor the store answers."""
         while not self.left.wait(self.interval):
             self.mine.number += 1
             self.mine.stalled = max(self.mine.number - self.moved, 0)
-            if self.mine.stalled > self.patience and self.mine.number - self.answered > self.patience // 2:
-                here = f"{self._name([self.dist.rank])} has {self._waited()} in {self.mine.place()}"
+            self.waited = f"waited for {self.mine.stalled * self.interval:.0f} s"
+            unanswered = self.mine.number - self.beats[self.rank].number
+            if self.mine.stalled > self.patience and unanswered > self.patience // 2:
                 address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-                _end(f"{here}, and the store at {address}, on the machine of rank 0, does not answer")
+                here = f"{self.waited} in {self.mine.places[0]}, and the store at {address}"
+                _end(f"{self.names[self.rank]} has {here}, on the machine of rank 0, does not answer")
 
     def _exchange(self) -> None:
         """Post a beat. Read it back, or the beats of all ranks if this loop stalls or has ended."""
         everybody = self.mine.stalled > self.patience // 3 or not self.mine.running
-        ranks = range(self.dist.world_size) if everybody else [self.dist.rank]
-        self.dist.store.set(str(self.dist.rank), json.dumps(vars(self.mine)))
+        ranks = range(self.dist.world_size) if everybody else [self.rank]
+        self.dist.store.set(str(self.rank), json.dumps(vars(self.mine)))
         for r, text in zip(ranks, self.dist.store.multi_get([str(r) for r in ranks])):
             before, self.beats[r] = self.beats[r], Beat(**json.loads(text))
             self.silence[r] = self.silence[r] + 1 if self.beats[r].number == before.number else 0
-        self.answered = self.mine.number
 
     def _verdict(self) -> str | None:
         """Which ranks hang. None while a rank moves or has not started."""
@@ -135,25 +126,22 @@ class Watchdog:
         if any(beat.stalled < self.patience - 2 for r, beat in running.items() if r not in silent):
             return None
         if silent:
-            return self._hang(silent, f": no sign of life since {running[silent[0]].place()}")
+            return self._hang(silent, f": no sign of life since {running[silent[0]].places[0]}")
         for thread in (0, 1):
-            last = min(beat.progress[thread][:2] for beat in running.values())
-            behind = [r for r, beat in running.items() if beat.progress[thread][:2] == last]
+            last = min(beat.progress[thread] for beat in running.values())
+            behind = [r for r, beat in running.items() if beat.progress[thread] == last]
             if len(behind) < self.dist.world_size:
-                return self._hang(behind, f" in {running[behind[0]].place(thread)}")
-        return f"all ranks have {self._waited()} in {self.mine.place()}: the network between them hangs, or a GPU"
+                return self._hang(behind, f" in {running[behind[0]].places[thread]}")
+        return f"all ranks have {self.waited} in {self.mine.places[0]}: the network between them hangs, or a GPU"
 
     def _hang(self, ranks: list[int], where: str) -> str:
-        return f"{self._name(ranks)} hang{'s' * (len(ranks) == 1)}{where}; the others have {self._waited()}"
-
-    def _waited(self) -> str:
-        return f"waited for {self.mine.stalled * self.interval:.0f} s"
+        return f"{self._name(ranks)} hang{'s' * (len(ranks) == 1)}{where}; the others have {self.waited}"
 
     def _name(self, ranks: list[int]) -> str:
         return ", ".join(self.names[r] for r in ranks[:8]) + f" and {len(ranks) - 8} more" * (len(ranks) > 8)
 
 
-def _end(message: str, report: bool = True) -> NoReturn:
+def _end(message: str, report: bool = True) -> None:
     """End the process: its main thread waits in a collective, where no exception reaches it."""
     if report:
         os.write(2, f"error: {message}; {RESUME}\n".encode())

@@ -175,26 +175,26 @@ def test_a_store_that_does_not_answer(launch):
 
 @pytest.fixture
 def verdict():
-    """verdict(*(running, stalled, silence, place of the loop, place of the saving thread) of each rank) -> message"""
+    """verdict(*ranks) -> the message. A rank is (running, stalled, silence, loop, saving thread)."""
 
     def verdict(*ranks: tuple) -> str | None:
         watchdog = Watchdog(Dist(world_size=len(ranks)), timeout=10)  # seconds, and beats
         watchdog.names = [f"rank {r} (host:{r})" for r in range(len(ranks))]
-        watchdog.mine.stalled, watchdog.mine.progress = 11, [LOOP, NOT_STARTED]
-        for r, (running, stalled, silence, *places) in enumerate(ranks):
-            watchdog.beats[r] = Beat(0, stalled, running, places)
+        watchdog.waited, watchdog.mine.places = "waited for 11 s", [LOOP[1], NONE[1]]
+        for r, (running, stalled, silence, *threads) in enumerate(ranks):
+            watchdog.beats[r] = Beat(0, stalled, running, *zip(*threads))
             watchdog.silence[r] = silence
         return watchdog._verdict()
 
     return verdict
 
 
-LOOP, SAVER = [5, 2, "updating"], [4, 0, "writing"]
-WAITS = (True, 10, 0, LOOP, NOT_STARTED)
+LOOP, SAVER, NONE = ([5, 2], "step 5, updating"), ([4, 0], "step 4, writing"), (NOT_STARTED, "its start")
+WAITS = (True, 10, 0, LOOP, NONE)
 
 
 def test_a_saving_thread_that_is_behind_is_named(verdict):
-    waits = (True, 10, 0, LOOP, [4, 1, "waiting"])
+    waits = (True, 10, 0, LOOP, ([4, 1], "step 4, waiting"))
     assert verdict(waits, (True, 10, 0, LOOP, SAVER), waits).startswith("rank 1 (host:1) hangs in step 4, writing;")
 
 
@@ -204,16 +204,16 @@ def test_no_rank_is_behind(verdict):
 
 
 def test_several_ranks_are_stopped(verdict):
-    stopped = (True, 2, 5, [4, 0, "reading"], NOT_STARTED)
+    stopped = (True, 2, 5, ([4, 0], "step 4, reading"), NONE)
     assert verdict(stopped, WAITS, stopped).startswith(
         "rank 0 (host:0), rank 2 (host:2) hang: no sign of life since step 4, reading; the others have waited"
     )
 
 
-@pytest.mark.parametrize("other", [(True, 3, 0, LOOP, NOT_STARTED), (True, 0, 0, NOT_STARTED, NOT_STARTED)])
+@pytest.mark.parametrize("other", [(True, 3, 0, LOOP, NONE), (True, 0, 0, NONE, NONE)])
 def test_a_rank_that_moves_or_has_not_started_is_waited_for(other, verdict):
-    assert verdict(other, WAITS, (True, 2, 5, LOOP, NOT_STARTED)) is None
+    assert verdict(other, WAITS, (True, 2, 5, LOOP, NONE)) is None
 
 
 def test_a_rank_that_is_done_is_not_called_silent(verdict):
-    assert verdict((False, 1, 9, LOOP, NOT_STARTED), WAITS).startswith("rank 1 (host:1) hangs in step 5")
+    assert verdict((False, 1, 9, LOOP, NONE), WAITS).startswith("rank 1 (host:1) hangs in step 5")
