@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train on whole nodes of a SLURM cluster. When its time is over, after a preemption, or after a fault, the job is queued
-# again and resumes, until the run is finished:
+# Train on whole nodes of a SLURM cluster. When its time is over, after a preemption, or after a fault, the job
+# is queued again and resumes, until the run is finished:
 #
 #     sbatch --nodes 4 --time 24:00:00 slurm.sh RUN --size 6.9b --data PREFIX ...        RUN is train.py's --out
 #

@@ -83,11 +83,11 @@ def is_alive(pid: int) -> bool:
 class Trainer:
     """A trainer, alone or under torchrun. Each of its processes prints into its own file."""
 
-    def __init__(self, line: list, run: Path, logs: Path):
+    def __init__(self, command: list, run: Path, logs: Path):
         self.run, self.logs = run, logs
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # there may be only one GPU
         with (logs / "stdout.log").open("w") as out, (logs / "stderr.log").open("w") as err:
-            self.process = subprocess.Popen(list(map(str, line)), stdout=out, stderr=err, env=environment)
+            self.process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=err, env=environment)
 
     @property
     def output(self) -> str:
@@ -144,13 +144,13 @@ def launch(corpus, tmp_path_factory) -> Iterator[Launch]:
     def start(out: str, *flags, world: int = 1, fault: str = "", torchrun: list = ()) -> Trainer:
         logs, run = tmp_path_factory.mktemp("logs"), tmp_path_factory.getbasetemp() / "faults" / out
         (logs / "script.py").write_text(SCRIPT.replace("FAULT", fault))
-        line = [sys.executable, "-u"]
+        command = [sys.executable, "-u"]
         if world > 1:
-            line = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", world]
-            line += ["--log-dir", logs, "--redirects", 3, *torchrun]
-        line += [logs / "script.py", ROOT, "--size", "14m", "--data", corpus, "--out", run, "--steps", STEPS]
-        line += ["--batch-size", 4, "--seq-len", 32, "--lr", 1e-2, "--keep-state", STEPS + 1, *flags]
-        trainers.append(Trainer(line, run, logs))
+            command = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", world]
+            command += ["--log-dir", logs, "--redirects", 3, *torchrun]
+        command += [logs / "script.py", ROOT, "--size", "14m", "--data", corpus, "--out", run, "--steps", STEPS]
+        command += ["--batch-size", 4, "--seq-len", 32, "--lr", 1e-2, "--keep-state", STEPS + 1, *flags]
+        trainers.append(Trainer(command, run, logs))
         return trainers[-1]
 
     yield start

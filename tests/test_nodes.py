@@ -118,7 +118,7 @@ def free_port() -> int:
 
 
 def test_a_killed_rank_is_replaced(start, run, tmp_path):
-    """torchrun starts all ranks again. They resume from the newest checkpoint and get the bits of an undisturbed run."""
+    """torchrun starts all ranks again. They resume, and end with the bits of an undisturbed run."""
     flags = [*BITWISE, "--steps", 20]
     node = start("--standalone", "--nproc-per-node", 2, "--max-restarts", 1, flags=flags, PAUSE="0.05")
     wait(lambda: (tmp_path / "nodes").exists() and made(tmp_path / "nodes") > 10, node)
@@ -214,10 +214,21 @@ def two_nodes(start, network) -> Callable[..., list[Node]]:
     """two_nodes(ranks per node, flags, **environment) -> both nodes, each in its namespace."""
 
     def two_nodes(ranks: int, flags: list, **environment: str) -> list[Node]:
-        line = ["--nnodes", 2, "--nproc-per-node", ranks, "--master-addr", "10.77.0.1", "--master-port", 29400]
+        torchrun_flags = [
+            "--nnodes",
+            2,
+            "--nproc-per-node",
+            ranks,
+            "--master-addr",
+            "10.77.0.1",
+            "--master-port",
+            29400,
+        ]
         environment["GLOO_SOCKET_IFNAME"] = "cable"
         prefixes = [["ip", "netns", "exec", name] for name in NAMESPACES]
-        return [start(*line, "--node-rank", i, flags=flags, prefix=prefixes[i], **environment) for i in (0, 1)]
+        return [
+            start(*torchrun_flags, "--node-rank", i, flags=flags, prefix=prefixes[i], **environment) for i in (0, 1)
+        ]
 
     return two_nodes
 
@@ -298,10 +309,10 @@ def sbatch(corpus, tmp_path) -> Callable[..., subprocess.Popen]:
         for name, script in ({"torchrun": torchrun, "srun": SRUN, "scontrol": SCONTROL} | commands).items():
             (tmp_path / "bin" / name).write_text(script)
             (tmp_path / "bin" / name).chmod(0o755)
-        line = ["bash", ROOT / "slurm.sh", "nodes", "--size", "14m", "--data", corpus, "--seq-len", 32, *flags]
+        command = ["bash", ROOT / "slurm.sh", "nodes", "--size", "14m", "--data", corpus, "--seq-len", 32, *flags]
         with (tmp_path / "log").open("a") as log:
-            line = [*map(str, line)]
-            return subprocess.Popen(line, cwd=tmp_path, env=os.environ | environment, stdout=log, stderr=log)
+            command = [*map(str, command)]
+            return subprocess.Popen(command, cwd=tmp_path, env=os.environ | environment, stdout=log, stderr=log)
 
     return sbatch
 
