@@ -103,14 +103,14 @@ class Step:
             for i, micro_batch in enumerate(tokens, start=1):
                 (self.graph or self._micro_step)(micro_batch, last=i == len(tokens))
         if self.graph:
-            self.timer.mark()
+            self.timer.lap()
 
     def _micro_step(self, tokens: Tensor, last: bool) -> None:
         """tokens [micro_batch, seq_len + 1]."""
         self.gradients.set_sync(last)
         loss = self.model(tokens[:, :-1], tokens[:, 1:])
         if last:
-            self.timer.mark()  # from here on ranks wait for each other
+            self.timer.lap()  # from here on ranks wait for each other
         loss.backward(self.weight)
         self.gradients.accumulate(last)
         self.loss_sum += loss.detach()

@@ -1,1 +1,1 @@
-"""Weights and gradients that are divided among ranks."""
+"""Weights and gradients that are sharded over ranks."""

@@ -1,21 +1,19 @@
-"""Who holds what: the ranks of a run, the shards of its weights, and which activations a step keeps.
+"""Which rank holds which rows of weights, gradients and Adam's moments: torch's FSDP2 around an unchanged model.
 
-The model file knows nothing of it. Under torchrun every rank is a process with this very program. Each reads its own
-rows of a batch; torch's FSDP2 adds up their gradients, and gives every rank those of the weights that it holds.
+Under torchrun every rank is one process of this program. Each reads its own rows of a batch. FSDP2 sums the gradients
+over ranks and gives each rank the gradients of the weights that it holds.
 
-    --shard    a rank holds its part of            and fetches a layer's weights
-    full       weights, gradients, Adam's state    before its forward and again before its backward pass  (ZeRO-3)
-    hybrid     the same, divided within a node     the same, from its own node; gradients cross nodes     (HSDP)
-    grad       gradients, Adam's state             once a step                                            (ZeRO-2)
-    none       nothing: everybody holds all        never: only gradients travel
+    --shard    a rank holds its part of            and all-gathers the weights of a block
+    full       weights, gradients, Adam's moments  before its forward and again before its backward pass   (ZeRO-3)
+    hybrid     the same, within its node           the same, from its own node; gradients cross nodes      (HSDP)
+    grad       gradients, Adam's moments           once a step                                             (ZeRO-2)
+    none       nothing: every rank holds all       never: only gradients are reduced                       (DDP)
 
-Gradients travel once a step, whatever the number of micro-steps; in between every rank adds up its own. How sums are
-rounded depends on who adds first, so the last bits of a run depend on the number of ranks, unless it is --bitwise.
+Gradients are reduced once a step, whatever the number of micro-steps; between micro-steps each rank adds up its own.
+The rounding of a sum depends on its order, so the last bits of a run depend on the number of ranks, unless --bitwise.
 """
 
 import warnings
-from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.distributed as torch_dist
@@ -23,72 +21,80 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from model import Pythia
 from model.pythia import initial_rows
+from parallel.recompute import RECOMPUTE as RECOMPUTE
+from parallel.recompute import set_recompute as set_recompute
 from runtime.errors import UserError
 from runtime.ranks import Dist
 
 SHARD = ("auto", "full", "hybrid", "grad", "none")
-RECOMPUTE = ("none", "cheap", "full")
 
 
-def shard_weights(model: Pythia, shard: str, ranks: Dist, dtype: torch.dtype) -> None:
-    """Divide the float32 weights of a model among the ranks, so that products see them in `dtype`.
+def shard_weights(model: Pythia, shard: str, dist: Dist, dtype: torch.dtype) -> None:
+    """Shard the float32 weights of a model over the ranks. Matmuls get them cast to `dtype`.
 
-    Gradients are added up over ranks in float32. Raises UserError when nodes are too unequal to be hybrid.
+    Gradients are summed over ranks in float32. Raises UserError if `hybrid` finds nodes with unequal numbers of ranks.
     """
     if not torch_dist.is_initialized():
         return
-    shape = {"parts": ranks.world_size}
-    if shard == "none":
-        shape = {"copies": ranks.world_size, "parts": 1}
-    elif shard == "hybrid":
-        nodes = ranks.all_gather(torch.tensor(ranks.local_world_size)).tolist()
-        if len(set(nodes)) > 1:
-            raise UserError(f"--shard hybrid needs as many ranks on every node, not {min(nodes)} to {max(nodes)}")
-        shape = {"copies": ranks.world_size // ranks.local_world_size, "parts": ranks.local_world_size}
-    mesh = init_device_mesh(ranks.device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
+    mesh = device_mesh(shard, dist)
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype,
         reduce_dtype=torch.float32,
-        cast_forward_inputs=False,  # or the angles of the rotary embedding were rounded
+        cast_forward_inputs=False,  # keep cos and sin in float32
     )
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=shard in ("full", "hybrid"))
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # which nobody changes in place
-    for module in sharded_modules(
-        model
-    ):  # sums, not means: the loss of a micro-step is divided by their number beforehand
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing changes that view in place
+    for module in sharded_modules(model):  # sum, not mean: the loss is already divided by the number of micro-batches
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
 
 
+def device_mesh(shard: str, dist: Dist) -> torch_dist.DeviceMesh:
+    """All ranks, arranged as [copies, parts]: the ranks of a row hold different parts of the same copy of the model."""
+    shape = {"parts": dist.world_size}
+    if shard == "none":
+        shape = {"copies": dist.world_size, "parts": 1}
+    elif shard == "hybrid":
+        nodes = dist.all_gather(torch.tensor(dist.local_world_size)).tolist()
+        if len(set(nodes)) > 1:
+            raise UserError(f"--shard hybrid needs as many ranks on every node, not {min(nodes)} to {max(nodes)}")
+        shape = {"copies": dist.world_size // dist.local_world_size, "parts": dist.local_world_size}
+    return init_device_mesh(dist.device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
+
+
 def sharded_modules(model: Pythia) -> list[FSDPModule]:
+    """The blocks and the model itself, if they are sharded."""
     return [module for module in (*model.blocks, model) if isinstance(module, FSDPModule)]
 
 
+def copies(x: Tensor) -> int:
+    """How many ranks hold the same rows of x."""
+    return x.device_mesh.size() // x.device_mesh["parts"].size() if isinstance(x, DTensor) else 1
+
+
 def local(x: Tensor) -> Tensor:
-    """What this rank holds of x: its rows, or all."""
+    """The rows of x that this rank holds."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def local_rows(x: Tensor) -> slice:
-    """Which rows of x (along its first dimension) this rank holds: FSDP2 deals them out in equal blocks, the last of
-    which may be short or empty."""
+    """Which rows of x, along its first dimension, this rank holds. FSDP2 makes equal parts in the order of the ranks;
+    the last parts may be shorter or empty."""
     if not isinstance(x, DTensor):
         return slice(0, len(x))
     parts = x.device_mesh["parts"]
-    block = -(-len(x) // parts.size())
-    start = min(parts.get_local_rank() * block, len(x))
-    return slice(start, min(start + block, len(x)))
+    size = -(-len(x) // parts.size())
+    start = min(parts.get_local_rank() * size, len(x))
+    return slice(start, min(start + size, len(x)))
 
 
 def saved_rows(x: Tensor) -> slice:
-    """Which rows of x this rank writes into a checkpoint: of those that it holds, its share among the ranks that hold
-    the same."""
+    """Which rows of x this rank writes into a checkpoint. Ranks that hold the same rows write a share of them each."""
     rows, n_copies = local_rows(x), copies(x)
     if n_copies == 1:
         return rows
@@ -98,54 +104,6 @@ def saved_rows(x: Tensor) -> slice:
 
 @torch.no_grad()
 def init_weights(model: Pythia, seed: int) -> None:
-    """Draw the initial weights, every rank its own rows of them: together they are those of Pythia.init_weights."""
+    """Draw the initial weights. Each rank draws only its own rows, and gets those of Pythia.init_weights."""
     for name, p in model.named_parameters():
         local(p).copy_(torch.from_numpy(initial_rows(model.config, name, tuple(p.shape), seed, local_rows(p))))
-
-
-def copies(x: Tensor) -> int:
-    """How many ranks hold the same rows of x."""
-    return x.device_mesh.size() // x.device_mesh["parts"].size() if isinstance(x, DTensor) else 1
-
-
-# Activations
-
-_aten = torch.ops.aten
-_EXPENSIVE = {
-    _aten.mm.default,
-    _aten.addmm.default,
-    torch.ops.tripod.linear.default,
-    torch.ops.tripod.short_attention.default,
-    torch.ops.tripod.rotary_attention.default,
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
-}
-
-
-def _keep_expensive(context, op, *args, **kwargs) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _EXPENSIVE else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def set_recompute(model: Pythia, recompute: str) -> None:
-    """Have every block keep less for its backward pass and compute the rest again. The numbers stay the same.
-
-    none     keep everything
-    cheap    keep the results of matrix products and attention; recompute norms, GELU, rotary and additions
-    full     keep only the input of the block
-    """
-    contexts = {}
-    if recompute == "cheap":
-        contexts["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_expensive)
-    for block in model.blocks:
-        vars(block).pop("forward", None)  # what an earlier call has put there
-        if recompute != "none":
-            block.forward = _recomputing(block.forward, contexts)
-
-
-def _recomputing(forward: Callable, contexts: dict) -> Callable:
-    def run(*args):  # a function of ours, because torch.compile does not look into torch's own
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **contexts)
-
-    return run

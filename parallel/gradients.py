@@ -1,4 +1,4 @@
-"""The gradients of a step: added up over micro-steps and ranks, and the sums of --bitwise."""
+"""The gradients of a step: summed over micro-steps and ranks, in a fixed order with --bitwise."""
 
 import torch
 import torch.distributed as torch_dist
@@ -11,23 +11,23 @@ from runtime.ranks import Dist
 
 
 class Gradients:
-    """Adds up the gradients of a step over its micro-steps and over ranks.
+    """Sums the gradients of a step over its micro-steps and over ranks.
 
-    Call `set_sync` before, and `accumulate` after, the backward pass of every micro-step; then .grad of every parameter
-    is the sum for the rows of weights that this rank holds.
+    Call `set_sync` before the backward pass of every micro-step and `accumulate` after it. After the last one .grad of
+    every parameter holds the sum for the rows that this rank holds.
 
-    Usually every rank adds up its own, which takes 4 bytes a parameter on each, and they travel after the last
-    micro-step. With whole=False they travel after every micro-step, and a rank holds its part of the sum only.
+    whole=True: a rank adds up gradients of all weights, 4 bytes a parameter, and FSDP2 reduces them after the last
+    micro-step. whole=False: it reduces them after every micro-step, and a rank keeps only its part of the sum.
 
-    With bitwise=True the sum is the same to the last bit on any number of ranks that is a power of two. Its summands
-    are the gradients of micro-batches 0, 1, 2 .. of the step, of which micro-step i has world * i and the world - 1
-    that follow. They are added up along a binary tree: neighbours first, then neighbouring pairs, and so on. The lower
-    levels lie within a micro-step, among ranks (TreeReduceScatter); the upper ones join micro-steps as a binary counter
-    carries, so that at most log2(micro-steps) + 1 sums are alive, each of the rows that a rank holds.
+    bitwise=True: the sum has the same bits on every number of ranks that is a power of two. Micro-step i computes the
+    gradients of micro-batches world_size * i to world_size * (i + 1) - 1 of the batch, one a rank. All gradients of a
+    step are added along one binary tree: neighbours first, then neighbouring pairs, and so on. TreeReduceScatter adds
+    the lower levels, among ranks. `accumulate` adds the upper levels, as a binary counter carries: at most
+    log2(micro_steps) + 1 sums are alive, each of the rows that this rank holds.
     """
 
-    def __init__(self, model: Pythia, ranks: Dist, shard: str, whole: bool = True, bitwise: bool = False):
-        self.model, self.ranks, self.whole, self.bitwise = model, ranks, whole, bitwise
+    def __init__(self, model: Pythia, dist: Dist, shard: str, whole: bool = True, bitwise: bool = False):
+        self.model, self.dist, self.whole, self.bitwise = model, dist, whole, bitwise
         self.keep_weights = shard in ("grad", "none")
         self.parameters = list(model.parameters())
         self.sums: list[tuple[int, list[Tensor]]] = []  # (level in the tree, gradients), levels descending
@@ -36,13 +36,13 @@ class Gradients:
                 module.set_custom_reduce_scatter(TreeReduceScatter())
 
     def set_sync(self, last: bool) -> None:
-        """Before a backward pass: whether it is the step's last."""
+        """Before a backward pass: choose whether it reduces gradients over ranks. last: it is the last of the step."""
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(last or self.bitwise or not self.whole)
             self.model.set_reshard_after_backward(last or not self.keep_weights)
 
     def accumulate(self, last: bool) -> None:
-        """After a backward pass."""
+        """After a backward pass: with bitwise, add its gradients to the sums. (Otherwise autograd adds to .grad.)"""
         if not self.bitwise:
             return
         level, total = 0, [local(p.grad) for p in self.parameters]
@@ -59,15 +59,15 @@ class Gradients:
                 p.grad = None
 
     def squared_norm(self) -> Tensor:
-        """This rank's share, float64, of the squared L2 norm of all gradients: shares of all ranks add up to it."""
+        """This rank's summand of the squared L2 norm of all gradients, a float64 scalar: all_reduce completes it."""
         if self.bitwise:
-            return squared_norm_in_any_order(self.parameters, self.ranks) * self.ranks.is_main
+            return squared_norm_in_any_order(self.parameters, self.dist) * self.dist.is_main
         return squared_norm(self.parameters) / copies(self.parameters[0])
 
 
 class TreeReduceScatter:
-    """Adds up tensors of ranks along a binary tree: a communication of FSDP2's, instead of the library's, whose order
-    of summation depends on the number of ranks."""
+    """A reduce-scatter for FSDP2 that adds the tensors of the ranks along a binary tree. The order of summation of the
+    library's own depends on the number of ranks."""
 
     def allocate(self, size, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
@@ -75,17 +75,17 @@ class TreeReduceScatter:
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group, op, async_op: bool = False) -> None:
         parts = torch.empty_like(input_tensor)
         torch_dist.all_to_all_single(parts, input_tensor, group=group)
-        parts = parts.view(group.size(), -1)  # [ranks, elements of a part]
+        parts = parts.view(group.size(), -1)  # [ranks, elements of this rank's part]
         while len(parts) > 1:
             parts = parts[0::2] + parts[1::2]
         output_tensor.copy_(parts.view_as(output_tensor))
 
 
 def squared_norm(parameters: list[Tensor]) -> Tensor:
-    """The squared L2 norm, float64, of what this rank holds of all gradients.
+    """The squared L2 norm of the gradients that this rank holds, a float64 scalar.
 
-    On a CPU of the norms of rows, which are exact to float32's last digits: torch adds up millions of squares one by
-    one there, and is off by 2e-4. A GPU adds them up in a tree, and those of many tensors at once.
+    On a CPU torch adds millions of squares one by one and is off by 2e-4. So the norm of each row is computed first,
+    which is exact to the last digits of float32. A GPU adds in a tree, and computes the norms of many tensors at once.
     """
     gradients = [local(p.grad) for p in parameters]
     if gradients[0].is_cuda:
@@ -94,23 +94,23 @@ def squared_norm(parameters: list[Tensor]) -> Tensor:
     return torch.cat(rows).double().square().sum()
 
 
-def squared_norm_in_any_order(parameters: list[Tensor], ranks: Dist) -> Tensor:
-    """The squared L2 norm of all gradients, float64, the same to the last bit however rows are divided among ranks.
+def squared_norm_in_any_order(parameters: list[Tensor], dist: Dist) -> Tensor:
+    """The squared L2 norm of all gradients, a float64 scalar: the same bits however ranks divide the rows.
 
-    The squares of a row are added up in pairs, so that no sum depends on how many rows are here. Those of rows are
-    rounded to multiples of 2^-40 of the largest: integers, whose sum does not depend on the order. The rounding changes
-    the norm by less than 1e-9; a gradient that is not finite makes it NaN.
+    The squares of a row are added in pairs, so no sum depends on the number of rows of a rank. The sums of the rows are
+    rounded to multiples of 2^-40 of the largest: the sum of these integers does not depend on the order. The rounding
+    changes the norm by less than 1e-9. A gradient that is not finite makes the norm NaN.
     """
-    rows = torch.cat([_sum_in_pairs(local(p.grad)) for p in parameters])
-    rows = rows.where(rows.isfinite(), torch.inf)  # a maximum may pass over NaN
-    largest = ranks.all_reduce_max(rows.amax())
+    rows = torch.cat([_sum_in_pairs(local(p.grad)) for p in parameters])  # [rows of all parameters]
+    rows = rows.where(rows.isfinite(), torch.inf)  # the maximum over ranks may ignore NaN, but not infinity
+    largest = dist.all_reduce_max(rows.amax())
     unit = largest.where(largest.isfinite(), torch.nan) / 2.0**40
     counts = (rows / unit).round().where(rows > 0, 0).long().sum()
-    return ranks.all_reduce(counts) * unit
+    return dist.all_reduce(counts) * unit
 
 
 def _sum_in_pairs(x: Tensor) -> Tensor:
-    """The sum of squares of every row of x [rows, columns], or of every element of x [rows]: float64 [rows]."""
+    """Sum of squares of each row of x [rows, columns], or square of each element of x [rows]: float64 [rows]."""
     x = x.double().square().view(len(x), -1 if len(x) else 1)
     while (columns := x.shape[1]) > 1:
         pairs = x[:, 0 : columns - 1 : 2] + x[:, 1:columns:2]

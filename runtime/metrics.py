@@ -1,24 +1,25 @@
-"""What a run tells while it goes: metrics.jsonl, the progress bar, TensorBoard, Weights & Biases, a profile."""
+"""What a run reports: metrics.jsonl, the progress bar, TensorBoard, Weights & Biases, a profile."""
 
 import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from runtime.errors import UserError
+from runtime.files import atomic_write
 
 LOGGERS = ("tensorboard", "wandb")
 
 
-class Metrics:
-    """Records steps `start`, start + 1, … of a run of `steps`; records of later steps in an old file are dropped.
+class Metrics(AbstractContextManager):
+    """Records the steps `start`, start + 1, ... of a run of `steps` steps; older records of these steps are removed.
 
-    `loggers` are names of LOGGERS. Raises UserError when one is not installed or the old file is damaged.
+    `loggers` are names of LOGGERS. Raises UserError if one is not installed, or if the old records are damaged.
     """
 
     def __init__(self, run: Path, start: int, steps: int, loggers: list[str], settings: dict):
@@ -29,15 +30,12 @@ class Metrics:
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=None, dynamic_ncols=True)
         self.printed = -math.inf
 
-    def __enter__(self) -> "Metrics":
-        return self
-
     def __exit__(self, *exception) -> None:
         self.file.close()
         self.bar.close()
 
     def record(self, **values) -> None:
-        """Append one step; numbers that are not finite become null, as JSON has no word for them."""
+        """Append one step: `step`, `loss`, `tokens_per_s`, and more. NaN and infinity become null: JSON lacks them."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self.file.write(json.dumps(finite) + "\n")
         self.file.flush()
@@ -47,28 +45,25 @@ class Metrics:
         self.bar.set_postfix_str(summary, refresh=False)
         self.bar.update()
         now, done = time.monotonic(), values["step"] + 1
-        if self.bar.disable and (
-            now - self.printed > 10 or done == self.bar.total
-        ):  # not a terminal: a line now and then
+        if self.bar.disable and (now - self.printed > 10 or done == self.bar.total):  # no terminal: a line in 10 s
             print(f"step {done}/{self.bar.total}: {summary}", flush=True)
             self.printed = now
 
 
 def keep_records(path: Path, start: int) -> None:
-    """Drop the records of steps from `start` on, which a run that resumes there is going to write again."""
+    """Remove the records of step `start` and later, because a run that resumes at `start` writes them again."""
     if not path.exists():
         return
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a start that was killed here
+        leftover.unlink()
     lines = path.read_text().splitlines(keepends=True)
-    try:
-        steps = [
-            json.loads(line)["step"] if line.endswith("\n") else start for line in lines
-        ]  # the last may be cut off
+    try:  # a line without its end was cut off when the run was killed
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < start]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged: move it away to go on without the old records") from None
-    if any(step >= start for step in steps):
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line for line, step in zip(lines, steps) if step < start))
-        temporary.rename(path)
+    if kept != lines:
+        with atomic_write(path, "w") as file:
+            file.writelines(kept)
 
 
 def open_logger(name: str, run: Path, settings: dict) -> Callable[[dict], None]:
@@ -77,54 +72,53 @@ def open_logger(name: str, run: Path, settings: dict) -> Callable[[dict], None]:
     def scalars(record: dict) -> dict:
         return {key: value for key, value in record.items() if isinstance(value, int | float) and key != "step"}
 
-    if name == "tensorboard":
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("--log tensorboard needs `pip install tensorboard`") from None
-        writer = SummaryWriter(run / "tensorboard")
+    def log(record: dict) -> None:
+        for key, value in scalars(record).items():
+            writer.add_scalar(key, value, record["step"])
 
-        def log(record: dict) -> None:
-            for key, value in scalars(record).items():
-                writer.add_scalar(key, value, record["step"])
-
-        return log
     try:
-        import wandb
+        if name == "wandb":
+            import wandb
+        else:
+            from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError("--log wandb needs `pip install wandb`") from None
-    wandb.init(project="tripod", name=run.name, id=run.name, dir=run, config=settings, resume="allow")
-    return lambda record: wandb.log(scalars(record), step=record["step"])
+        raise UserError(f"--log {name} needs `pip install {name}`") from None
+    if name == "wandb":
+        wandb.init(project="tripod", name=run.name, id=run.name, dir=run, config=settings, resume="allow")
+        return lambda record: wandb.log(scalars(record), step=record["step"])
+    writer = SummaryWriter(run / "tensorboard")
+    return log
 
 
 class StepTimer:
-    """Where the seconds of a step go, on the device's own clock: a GPU works behind the host, which need not wait."""
+    """Seconds of the parts of a step, by the device's clock: a GPU runs behind the host, and timing must not wait."""
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
 
     def start(self) -> None:
-        self.marks = []
-        self.mark()
+        """Begin the first interval."""
+        self.times = []
+        self.lap()
 
-    def mark(self) -> None:
-        """A lap ends here, and the next one starts."""
+    def lap(self) -> None:
+        """End an interval and begin the next one."""
         if self.cuda:
-            self.marks.append(torch.cuda.Event(enable_timing=True))
-            self.marks[-1].record()
+            self.times.append(torch.cuda.Event(enable_timing=True))
+            self.times[-1].record()
         else:
-            self.marks.append(time.perf_counter())
+            self.times.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """Of every lap. To be asked after the device was waited for."""
-        pairs = zip(self.marks, self.marks[1:])
+        """Seconds of each interval. Call after synchronizing."""
+        pairs = zip(self.times, self.times[1:])
         return [a.elapsed_time(b) / 1000 if self.cuda else b - a for a, b in pairs]
 
 
 @contextmanager
 def profiler(run: Path, start: int, steps: int, rank: int) -> Iterator[Callable[[], None]]:
-    """A function to call after every step, from `start` on: RUN/profile gets a trace of `steps` steps, the first two
-    left out, for chrome://tracing or https://ui.perfetto.dev. No steps: no trace."""
+    """Yields a function to call after every step. It writes a trace of `steps` steps, after two that are left out, to
+    RUN/profile, for chrome://tracing or https://ui.perfetto.dev. steps = 0: no trace."""
     if not steps:
         yield lambda: None
         return

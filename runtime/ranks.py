@@ -1,8 +1,9 @@
-"""The ranks of a run: who they are, and what they tell each other."""
+"""The ranks of a run: how they start, find each other, and communicate."""
 
 import ctypes
 import hashlib
 import os
+import re
 import signal
 import sys
 import time
@@ -21,43 +22,50 @@ from tqdm import tqdm
 from runtime.errors import UserError
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=30)  # until a rank that waits for another gives up
+TIMEOUT = timedelta(minutes=30)  # how long a rank waits for the others in a collective
+LOST_CONTACT = re.compile(  # what gloo, NCCL and torch's store say when another process or the network failed
+    r"Connection (closed|reset|refused|timed out|was likely closed)|Broken pipe|Socket (closed|Timeout)"
+    r"|No route to host|Network is unreachable|Timed out waiting|wait timeout|Application timeout"
+    r"|ncclRemoteError|ncclSystemError|remote process exited|communicator was aborted"
+)
 
 
 @dataclass(frozen=True)
 class Dist:
-    """This process among those that train together."""
+    """This process and its connections to the other ranks. All methods but print and claim_error_report are collective:
+    every rank must call them."""
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
     local_world_size: int = 1  # ranks on this machine
-    group: torch_dist.ProcessGroup | None = None  # None: torch's default
+    group: torch_dist.ProcessGroup | None = None  # None: torch's default group
     store: torch_dist.Store | None = None
 
     @property
     def is_main(self) -> bool:
-        """Whether it is this process that prints and writes files."""
+        """True on rank 0, which prints and writes shared files."""
         return self.rank == 0
 
     def print(self, line: str) -> None:
+        """Print a line on rank 0, above the progress bar."""
         if self.is_main:
             tqdm.write(line)
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """x, added up over all ranks, on every rank."""
+        """Sum x over all ranks, in place."""
         if self.world_size > 1:
             torch_dist.all_reduce(x, group=self.group)
         return x
 
     def all_reduce_max(self, x: Tensor) -> Tensor:
-        """The largest x of all ranks, on every rank."""
+        """Maximum of x over all ranks, in place."""
         if self.world_size > 1:
             torch_dist.all_reduce(x, torch_dist.ReduceOp.MAX, group=self.group)
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """The x of all ranks, [world, ..], on every rank."""
+        """The x of all ranks: [world_size, ..], on every rank."""
         if self.world_size == 1:
             return x[None]
         parts = [torch.empty_like(x) for _ in range(self.world_size)]
@@ -65,23 +73,24 @@ class Dist:
         return torch.stack(parts)
 
     def all_gather_str(self, text: str) -> list[str]:
-        """The texts of all ranks, on every rank. (torch's gathering of objects would pickle them.)"""
+        """All-gather one string per rank. (all_gather_object would use pickle.)"""
         mine = torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8)
         lengths = self.all_gather(torch.tensor(len(mine))).tolist()
         padded = torch.zeros(max(lengths), dtype=torch.uint8)
         padded[: len(mine)] = mine
         return [row[: n - 1].numpy().tobytes().decode() for row, n in zip(self.all_gather(padded), lengths)]
 
-    def claim_error_report(self, text: str) -> bool:
-        """Whether it is this rank that says what others may want to say too: the first to ask."""
-        key, rank = hashlib.sha256(text.encode()).hexdigest(), str(self.rank)
+    def claim_error_report(self, topic: str) -> bool:
+        """True on the first rank that asks; the others stay silent, so that an error is printed once."""
+        key, rank = hashlib.sha256(topic.encode()).hexdigest(), str(self.rank)
         try:
             return self.store is None or self.store.compare_set(key, "", rank).decode() == rank
-        except torch_dist.DistError:  # the store is gone with torchrun: better twice than not at all
+        except torch_dist.DistError:  # the store ended with torchrun: an error printed twice is better than none
             return True
 
     def run_on_main(self, work: Callable[[], T]) -> T | None:
-        """Have the first rank do something while the others wait: it gets the result. A UserError is raised on all."""
+        """Run `work` on rank 0 while the others wait. Returns its result on rank 0, None on the others. A UserError of
+        `work` is raised on all ranks."""
         result, error = None, ""
         if self.is_main:
             try:
@@ -93,61 +102,60 @@ class Dist:
         return result
 
     def barrier(self) -> None:
-        """Go on when all ranks have come here."""
+        """Wait for all ranks."""
         if self.world_size > 1:
             torch_dist.barrier(self.group)
 
     def with_own_group(self) -> "Dist":
-        """The same ranks with a process group of their own, for the CPU tensors of another thread: what two threads
-        send in one group would mix. All ranks must call this."""
+        """The same ranks with a new gloo process group, for CPU tensors of another thread. Two threads must not share a
+        process group: their messages would mix."""
         return replace(self, group=torch_dist.new_group(backend="gloo")) if self.world_size > 1 else self
 
 
 def init_dist(bitwise: bool = False) -> Dist:
-    """Find the other ranks, which torchrun tells of in the environment. Without it this process is alone.
+    """Join the process group described by torchrun's environment variables. Without them this process is alone.
 
-    bitwise: have what --bitwise needs, also when alone. Raises UserError when a rank finds no GPU of its own, or when
-    the number of ranks is none that --bitwise can do with.
+    Raises UserError if a rank finds no GPU of its own, or if --bitwise does not work with this number of ranks.
     """
-    _end_with_torchrun()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    _save_when_torchrun_dies()
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
-    if bitwise and world.bit_count() != 1:
-        raise UserError(f"--bitwise adds up gradients in pairs: it needs 1, 2, 4, 8 ... ranks, not {world}")
+    if bitwise and world_size.bit_count() != 1:
+        raise UserError(f"--bitwise adds up gradients in pairs: it needs 1, 2, 4, 8 ... ranks, not {world_size}")
     if torch.cuda.is_available():
-        local, here = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if local >= here:
-            raise UserError(f"rank {rank} finds no GPU of its own: this machine has {here}; lower --nproc-per-node")
-        device = torch.device("cuda", local)
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise UserError(f"rank {rank} finds no GPU of its own: this machine has {gpus}; lower --nproc-per-node")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     elif bitwise:
-        torch.set_num_threads(1)  # threads divide sums among them, and torchrun gives each of many ranks one
-    if world == 1 and not bitwise:
+        torch.set_num_threads(1)  # the order of a sum depends on the number of threads
+    if world_size == 1 and not bitwise:
         return Dist(device=device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if world == 1:
-        store = torch_dist.HashStore()
+    if world_size == 1:
+        store = torch_dist.HashStore()  # --bitwise uses FSDP2 on one rank too, which needs a process group
     else:
-        store = _new_part(next(torch_dist.rendezvous("env://", timeout=TIMEOUT))[0], rank, world)
-    torch_dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
-    return Dist(rank, world, device, node, store=store)
+        store = _unused_part(next(torch_dist.rendezvous("env://", timeout=TIMEOUT))[0], rank, world_size)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    torch_dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    return Dist(rank, world_size, device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), store=store)
 
 
-def _end_with_torchrun() -> None:
-    """Have the kernel send SIGTERM, upon which training saves and stops, when torchrun dies without a word to us (kill
-    -9). Orphans would train on, and hold GPUs and the run directory. Other systems than Linux have no such call."""
+def _save_when_torchrun_dies() -> None:
+    """Make Linux send SIGTERM to this rank when torchrun dies, even by kill -9: the rank saves and stops. Otherwise it
+    trains on, and occupies its GPU and the run directory."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
-def _new_part(store: torch_dist.Store, rank: int, world: int) -> torch_dist.Store:
-    """A part of torchrun's store that no earlier start has used: after a restart the store still holds the addresses of
-    processes that are gone. (Its count of restarts will not do: a node that joins later begins at 0.)
+def _unused_part(store: torch_dist.Store, rank: int, world_size: int) -> torch_dist.Store:
+    """A part of torchrun's store that no earlier start has used, the same on all ranks.
 
-    The first rank offers a name; all acknowledge it, each with a word of its own; and a rank believes the first rank's
-    answer only when its word is in it, because the offer and the answer that it finds may be old ones.
+    After a restart the store still holds the addresses of processes that are gone. torchrun's count of restarts does
+    not tell old from new, because on a node that joins later it starts at 0. So rank 0 offers a random name for the
+    part. Every rank answers with the name and a random word of its own. Rank 0 confirms the name with the words of all
+    ranks. A rank accepts a confirmation only if it contains the rank's word: otherwise it is from an earlier start.
     """
     word = uuid4().hex
     if rank == 0:
@@ -156,7 +164,7 @@ def _new_part(store: torch_dist.Store, rank: int, world: int) -> torch_dist.Stor
         name = store.get("offer").decode()
         store.set(f"word/{rank}", f"{name} {word}")
         if rank == 0:
-            words = [store.get(f"word/{r}").decode().split() for r in range(world)]
+            words = [store.get(f"word/{r}").decode().split() for r in range(world_size)]
             if all(offered == name for offered, _ in words):
                 store.set(f"answer/{name}", " ".join(own for _, own in words))
         if store.check([f"answer/{name}"]) and word in store.get(f"answer/{name}").decode():
@@ -164,11 +172,17 @@ def _new_part(store: torch_dist.Store, rank: int, world: int) -> torch_dist.Stor
         time.sleep(0.02)
 
 
-def end_dist(ranks: Dist, together: bool) -> None:
-    """Leave the process group: together, when all ranks come here, or else alone, after an error."""
-    if together and ranks.world_size > 1:  # a rank that left would cut off those that still read its last message
-        with suppress(torch_dist.DistError):  # the store is gone with torchrun
-            ranks.store.set(f"end/{ranks.rank}", "")
-            ranks.store.wait([f"end/{rank}" for rank in range(ranks.world_size)], TIMEOUT)
+def lost_contact(error: BaseException | None) -> str:
+    """The first sentence of an error of torch that means that another process or the network failed; else ''."""
+    lost = isinstance(error, RuntimeError) and LOST_CONTACT.search(str(error))
+    return re.split(r"\n|\. ", str(error))[0] if lost else ""
+
+
+def end_dist(dist: Dist, together: bool) -> None:
+    """Leave the process group. together: wait until all ranks come here. Use False after an error."""
+    if together and dist.world_size > 1:  # a rank that leaves early would cut off ranks that still receive from it
+        with suppress(torch_dist.DistError):  # the store ended with torchrun
+            dist.store.set(f"end/{dist.rank}", "")
+            dist.store.wait([f"end/{rank}" for rank in range(dist.world_size)], TIMEOUT)
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()

@@ -1,227 +1,150 @@
-"""Which rank hangs: when one of many stops, all others wait. This finds out who it is, says so, and ends the run.
+"""Names the rank that hangs: when one rank stops, all others wait for it in a collective, which names nobody.
 
-A collective waits for half an hour and then names nobody. Here every rank posts a beat, about once a second, in the
-store in which torchrun's processes find each other: where its training loop is, and for how long it has been there. A
-rank whose loop has not moved for the timeout looks at the beats of all.
+About once a second every rank posts a beat in torchrun's store: where its loop is, and for how many beats. (Counting
+seconds would give a false alarm after the whole job was suspended.) A rank that stalls for the timeout reads all beats:
 
-    somebody's loop still moves          it is slow, and others wait for it: so do we
-    no new beats from a rank             its process is stopped or dead, or its machine is cut off
-    a rank is behind all others          it hangs in what it does: reading rows, say, from a dead file system
-    all are at the same place            the exchange itself hangs: the network, or a GPU
-    the store does not answer            its machine, that of rank 0, is down or cut off from this one
-
-Time is counted in beats, not by the clock, so that a run that was suspended as a whole is not taken for hung.
+    the loop of some rank still moves    that rank is slow, and the others wait for it
+    a rank posts no new beats            its process is stopped or dead, or its machine is cut off
+    a rank is behind all others          it hangs in its own work, for example it reads from a dead file system
+    all ranks are at the same place      the collective itself hangs: the network, or a GPU
+    the store does not answer            the machine of rank 0 is down, or cut off from this one
 """
 
 import json
 import math
 import os
 import platform
-import re
-import threading
 import time
-from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import NoReturn
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from threading import Event, Thread, current_thread, main_thread
 
-import torch.distributed as torch_dist
+from torch.distributed import DistError, PrefixStore
 
 from runtime.errors import UserError
-from runtime.ranks import Dist
+from runtime.ranks import Dist, lost_contact
 
-RESUME = "the same line resumes from the newest checkpoint"
-FAREWELL = 3  # beats that a rank which has lost another stays to hear who does not beat any more
-NOT_STARTED = (-1, 0, "")  # the place of a loop that has not begun
-
-# What gloo, NCCL and torch's store say when it is another process, or the network, that failed.
-LOST = re.compile(
-    r"Connection (closed|reset|refused|timed out|was likely closed)|Broken pipe|Socket (closed|Timeout)"
-    r"|No route to host|Network is unreachable|Timed out waiting|wait timeout|Application timeout"
-    r"|ncclRemoteError|ncclSystemError|remote process exited|communicator was aborted"
-)
-
-
-@dataclass
-class StallCounter:
-    """Counts for how many looks a value has not changed."""
-
-    value: object = None
-    looks: int = 0
-
-    def look(self, value: object) -> int:
-        self.looks = self.looks + 1 if value == self.value else 0
-        self.value = value
-        return self.looks
+RESUME = "the same command resumes from the newest checkpoint"
+FAREWELL = 3  # after losing a peer, wait this many beats to find out which rank is gone
+NOT_STARTED = [-1, 0]
 
 
 @dataclass
 class Beat:
-    """What a rank posts."""
+    """What a rank posts. `progress` and `places` are those of the loop and of the saving thread."""
 
     number: int = 0
-    state: str = "runs"  # then it leaves the watchdog: is done, failed, or lost the others
-    idle: int = 0  # for how many beats it has not moved
-    # of its loop, and of its thread that saves: (step, n-th place in the step, what it does there)
-    progress: list = field(default_factory=lambda: [NOT_STARTED, NOT_STARTED])
+    stalled: int = 0  # for how many beats neither of them has moved
+    running: bool = True
+    progress: list[list[int]] = field(default_factory=lambda: [NOT_STARTED] * 2)  # [step, n-th heartbeat in it]
+    places: list[str] = field(default_factory=lambda: ["its start"] * 2)
 
 
 class Watchdog:
-    """Watches the training loops of all ranks in a `with` block, which all of them enter together.
+    """Watches the training loops of all ranks in a `with` block, which all ranks enter together.
 
-    When one hangs for `timeout` seconds, one line on stderr says so and all processes end. When one dies, the error of
-    torch's that leaves the block on others becomes a UserError on one of them, and a silent exit on the rest. A process
-    that is alone is not watched.
+    If a rank hangs for `timeout` seconds, one line on stderr names it and all processes end. If a rank dies, one
+    surviving rank raises a UserError that names it, and the others exit silently. A single process is not watched.
     """
 
-    def __init__(self, ranks: Dist, timeout: float):
-        self.ranks = ranks
+    def __init__(self, dist: Dist, timeout: float):
+        self.dist, self.rank, self.left, self.reports = dist, dist.rank, Event(), True
         self.interval = min(timeout / 10, 1.0)  # seconds between beats
         self.patience = math.ceil(timeout / self.interval)  # beats
-        self.mine, self.moves = Beat(), StallCounter()
-        self.beats: dict[int, Beat] = {}  # as last read, by rank
-        self.numbers = [StallCounter() for _ in range(ranks.world_size)]  # of the beats of a rank
-        self.answers = 0  # of the store
-        self.spoken = False  # whether another rank says what is wrong
-        self.posted, self.ended = threading.Event(), threading.Event()
-        self.threads = [threading.Thread(target=f, daemon=True) for f in (self._watch, self._watch_store)]
+        self.mine, self.moved = Beat(), math.inf  # moved: number of the beat at the last heartbeat
+        self.beats = [Beat() for _ in range(dist.world_size)]  # as last read
+        self.silence = [0] * dist.world_size  # for how many reads the beat of a rank has not changed
 
-    def heartbeat(self, step: int, doing: str) -> None:
-        """Note where the loop is until the next call, which takes half a microsecond. Watching begins with the first.
-
-        All ranks make the same calls in a step. A thread that saves may call it too: it has a place of its own.
-        """
-        thread = threading.current_thread() is not threading.main_thread()
-        last_step, n, _ = self.mine.progress[thread]
-        self.mine.progress[thread] = (step, n + 1 if step == last_step else 0, doing)
+    def heartbeat(self, step: int, phase: str) -> None:
+        """Record that a phase of a step begins. All ranks make the same calls, also in the thread that saves."""
+        thread = current_thread() is not main_thread()
+        last_step, n = self.mine.progress[thread]
+        self.mine.progress[thread] = [step, n + 1 if step == last_step else 0]
+        self.mine.places[thread], self.moved = f"step {step}, {phase}", self.mine.number
 
     def __enter__(self) -> "Watchdog":
-        if self.ranks.world_size > 1:
-            self.address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            self.names = self.ranks.all_gather_str(f"{platform.node()}:{os.getpid()}")
-            for thread in self.threads:
-                thread.start()
-            if not self.posted.wait(60):
-                raise UserError(f"{self._name([self.ranks.rank])} can not reach {self._store()}")
-            self.ranks.barrier()  # from here on every rank has a beat to read
+        if self.dist.world_size > 1:
+            self.names = self.dist.all_gather_str(f"rank {self.rank} ({platform.node()}:{os.getpid()})")
+            # A connection of its own: the connection of a thread that waits in the store is in use.
+            self.dist = replace(self.dist, store=PrefixStore("watchdog", self.dist.store.clone()))
+            self._exchange()
+            self.dist.barrier()  # now the store has a beat of every rank
+            self.exchange = Thread(target=self._watch_ranks, daemon=True)
+            self.exchange.start()
+            Thread(target=self._watch_store, daemon=True).start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
-        if self.ranks.world_size == 1:
+        if self.dist.world_size == 1:
             return
-        lost = isinstance(error, RuntimeError) and LOST.search(str(error))
-        self.mine.state = "is done" if error is None else "lost the others" if lost else "failed"
-        self.ended.set()
-        for thread in self.threads:
-            thread.join(5)  # not for ever: the store may not answer
-        if lost and self.spoken:
-            raise SystemExit(1) from None
-        if lost:
-            silent = [r for r in self._running() if self.numbers[r].looks >= FAREWELL]
-            reason = re.split(r"\n|\. ", str(error))[0]
-            raise UserError(
-                f"{self._name([self.ranks.rank])} lost contact with {self._name(silent) or 'other ranks'} in "
-                f"{_place(self.mine)}: killed, or cut off ({reason}); {RESUME}"
-            ) from None
+        self.mine.running, self.failed, reason = False, error is not None, lost_contact(error)
+        time.sleep((FAREWELL + 2) * self.interval if reason else 0)  # meanwhile the beats show which rank is gone
+        self.left.set()
+        self.exchange.join(5)  # the store may never answer
+        if reason:
+            gone = [r for r, beat in enumerate(self.beats) if beat.running and self.silence[r] >= FAREWELL]
+            peers = f"{self._name(gone) or 'other ranks'} in {self.mine.places[0]}: killed, or cut off ({reason})"
+            message = f"{self.names[self.rank]} lost contact with {peers}; {RESUME}"
+            raise (UserError(message) if self.reports else SystemExit(1)) from None
 
-    # Threads. torch's store waits for an answer without end, so it takes a second one to watch the first.
-
-    def _watch(self) -> None:
-        """Exchange beats and judge them, then say farewell."""
-        try:
-            # a client of our own, since an answer may take long; keys that no earlier start of these ranks has used
-            client = torch_dist.TCPStore(
-                *self.address, is_master=False, wait_for_workers=False, timeout=timedelta(minutes=1)
-            )
-            store = torch_dist.PrefixStore("watchdog/" + " ".join(self.names), client)
-            self._exchange(store)
-            self.posted.set()
-            while not self.ended.wait(self.interval):
-                self._exchange(store, everybody=self.mine.idle > self.patience // 3)
-                if self.mine.idle >= self.patience and (line := self._judge()):
-                    if self._speaks(store):
-                        _end(line)
-                    time.sleep(1)  # when one process ends torchrun ends the others: let the speaker speak
-                    os._exit(1)
-            lost = self.mine.state == "lost the others"
-            self._exchange(store, everybody=lost)
-            for _ in range(FAREWELL if lost else 0):
-                time.sleep(self.interval)
-                self._exchange(store, everybody=True)
-            if self.mine.state != "is done":
-                self.spoken = not self._speaks(store)
-        except torch_dist.DistError:
-            return  # the store is gone, which matters only if the loop hangs
+    def _watch_ranks(self) -> None:
+        """Exchange beats. End the process if a rank hangs. A thread of its own: the store may never answer."""
+        with suppress(DistError):  # the store is gone, which _watch_store reports if the loop stalls
+            while not self.left.wait(self.interval):
+                self._exchange()
+                if self.mine.stalled >= self.patience and (message := self._verdict()):
+                    _end(message, self.dist.claim_error_report("watchdog"))
+            self._exchange()
+            if self.failed:  # a rank with an error of its own claims this before the ranks that lose contact with it
+                self.reports = self.dist.claim_error_report("watchdog")
 
     def _watch_store(self) -> None:
-        """End when neither the loop moves nor the store answers."""
-        moves, answers = StallCounter(), StallCounter()
-        while not self.ended.wait(self.interval):
-            idle, mute = self._idle(moves), answers.look(self.answers)
-            if idle > self.patience and mute > self.patience // 2:
-                _end(
-                    f"{self._name([self.ranks.rank])} has waited for {idle * self.interval:.0f} s in "
-                    f"{_place(self.mine)}, and {self._store()} does not answer"
-                )
+        """Count the beats, in another thread. End the process if neither the loop moves nor the store answers."""
+        while not self.left.wait(self.interval):
+            self.mine.number += 1
+            self.mine.stalled = max(self.mine.number - self.moved, 0)
+            self.waited = f"waited for {self.mine.stalled * self.interval:.0f} s"
+            unanswered = self.mine.number - self.beats[self.rank].number
+            if self.mine.stalled > self.patience and unanswered > self.patience // 2:
+                address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+                here = f"{self.waited} in {self.mine.places[0]}, and the store at {address}"
+                _end(f"{self.names[self.rank]} has {here}, on the machine of rank 0, does not answer")
 
-    def _exchange(self, store: torch_dist.Store, everybody: bool = False) -> None:
-        """Post a beat; read it again, to know that the store answers, or those of all ranks."""
-        self.mine.number += 1
-        self.mine.idle = self._idle(self.moves)
-        store.set(str(self.ranks.rank), json.dumps(vars(self.mine)))
-        ranks = range(self.ranks.world_size) if everybody else [self.ranks.rank]
-        for r, text in zip(ranks, store.multi_get([str(r) for r in ranks])):
-            self.beats[r] = Beat(**json.loads(text))
-            self.numbers[r].look(self.beats[r].number)
-        self.answers += 1
+    def _exchange(self) -> None:
+        """Post a beat. Read it back, or the beats of all ranks if this loop stalls or has ended."""
+        everybody = self.mine.stalled > self.patience // 3 or not self.mine.running
+        ranks = range(self.dist.world_size) if everybody else [self.rank]
+        self.dist.store.set(str(self.rank), json.dumps(vars(self.mine)))
+        for r, text in zip(ranks, self.dist.store.multi_get([str(r) for r in ranks])):
+            before, self.beats[r] = self.beats[r], Beat(**json.loads(text))
+            self.silence[r] = self.silence[r] + 1 if self.beats[r].number == before.number else 0
 
-    def _idle(self, moves: StallCounter) -> int:
-        """For how many looks the loop, if it has begun, has not moved."""
-        progress = list(self.mine.progress)
-        return moves.look(progress) if progress != [NOT_STARTED, NOT_STARTED] else 0
-
-    def _speaks(self, store: torch_dist.Store) -> bool:
-        """Whether it is for this rank to say what is wrong: for the first to ask."""
-        return store.compare_set("speaker", "", str(self.ranks.rank)).decode() == str(self.ranks.rank)
-
-    # Verdicts
-
-    def _running(self) -> list[int]:
-        return [r for r, beat in sorted(self.beats.items()) if beat.state == "runs"]
-
-    def _judge(self) -> str | None:
-        """What hangs; None as long as a rank moves, or has not begun."""
-        running = self._running()
-        silent = [r for r in running if self.numbers[r].looks >= self.patience // 2]
-        if any(self.beats[r].idle < self.patience - 2 for r in running if r not in silent):
+    def _verdict(self) -> str | None:
+        """Which ranks hang. None while a rank moves or has not started."""
+        running = {r: beat for r, beat in enumerate(self.beats) if beat.running}
+        silent = [r for r in running if self.silence[r] >= self.patience // 2]
+        if any(beat.stalled < self.patience - 2 for r, beat in running.items() if r not in silent):
             return None
-        waited = f"have waited for {self.mine.idle * self.interval:.0f} s"
         if silent:
-            where = f"no sign of life since {_place(self.beats[silent[0]])}"
-            return f"{self._hang(silent)}: {where}; the others {waited}"
+            return self._hang(silent, f": no sign of life since {running[silent[0]].places[0]}")
         for thread in (0, 1):
-            progress = {r: self.beats[r].progress[thread][:2] for r in running}
-            behind = [r for r in running if progress[r] == min(progress.values())]
-            if len(behind) < self.ranks.world_size and list(NOT_STARTED[:2]) not in progress.values():
-                return f"{self._hang(behind)} in {_place(self.beats[behind[0]], thread)}; the others {waited}"
-        return f"all ranks {waited} in {_place(self.mine)}: the network between them hangs, or a GPU"
+            last = min(beat.progress[thread] for beat in running.values())
+            behind = [r for r, beat in running.items() if beat.progress[thread] == last]
+            if len(behind) < self.dist.world_size:
+                return self._hang(behind, f" in {running[behind[0]].places[thread]}")
+        return f"all ranks have {self.waited} in {self.mine.places[0]}: the network between them hangs, or a GPU"
 
-    def _hang(self, ranks: list[int]) -> str:
-        return f"{self._name(ranks)} {'hangs' if len(ranks) == 1 else 'hang'}"
+    def _hang(self, ranks: list[int], where: str) -> str:
+        return f"{self._name(ranks)} hang{'s' * (len(ranks) == 1)}{where}; the others have {self.waited}"
 
     def _name(self, ranks: list[int]) -> str:
-        names = [f"rank {r} ({self.names[r]})" for r in ranks[:8]]
-        return ", ".join(names) + f" and {len(ranks) - 8} more" * (len(ranks) > 8)
-
-    def _store(self) -> str:
-        return f"the store at {':'.join(map(str, self.address))}, on the machine of rank 0,"
+        return ", ".join(self.names[r] for r in ranks[:8]) + f" and {len(ranks) - 8} more" * (len(ranks) > 8)
 
 
-def _place(beat: Beat, thread: int = 0) -> str:
-    step, _, doing = beat.progress[thread]
-    return f"step {step}, {doing}" if step >= 0 else "its start"
-
-
-def _end(line: str) -> NoReturn:
-    """Say why and end this process now: its main thread waits in a collective, from which nothing returns."""
-    os.write(2, f"error: {line}; {RESUME}\n".encode())
+def _end(message: str, report: bool = True) -> None:
+    """End the process: its main thread waits in a collective, where no exception reaches it."""
+    if report:
+        os.write(2, f"error: {message}; {RESUME}\n".encode())
+    else:
+        time.sleep(1)  # torchrun ends all ranks when one ends: the rank that reports must be first
     os._exit(1)

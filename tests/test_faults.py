@@ -1,7 +1,7 @@
-"""Real faults against the real trainer: its processes are killed, stopped, told to end; disks fill up; a loss is NaN.
+"""Real faults of the real trainer: its processes are killed, stopped, or told to end; a disk is full; a loss is NaN.
 
-Whatever happens, every checkpoint there is holds, byte for byte, what that of a run without faults holds; one line says
-what went wrong; and the same line goes on as if nothing had happened.
+After every fault, the checkpoints are byte for byte equal to those of a run without faults, one line says what went
+wrong, and the same command continues the run to the same final bytes.
 """
 
 import itertools
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 STEPS = 20
 START = rf"step (\d+) to {STEPS} of {STEPS}, each"
 
-# train.py with a small Pythia, as a script. FAULT is what goes wrong; whatever is unpickled is told of.
+# train.py with a small Pythia, as a script. FAULT makes something go wrong. The script prints whatever is unpickled.
 SCRIPT = """
 import os, pickle, resource, sys, threading, time, traceback
 from dataclasses import replace
@@ -40,23 +40,23 @@ SIZES["14m"] = replace(SIZES["14m"], layers=2, hidden=32, vocab=384)
 train.is_published_step = lambda step, last: True
 rank = int(os.environ.get("RANK", 0))
 
-def tell(line):
+def say(line):
     os.write(1, f"{line}\\n".encode())
 
-def tell_of_pickle(event, args):
+def print_unpickled(event, args):
     if event == "pickle.find_class":
-        tell(f"unpickled {args} in {traceback.format_stack(limit=20)}")
+        say(f"unpickled {args} in {traceback.format_stack(limit=20)}")
 
 FAULT
 
-tell(f"rank {rank} is process {os.getpid()}")
-sys.addaudithook(tell_of_pickle)
-c10d._pickler = c10d._unpickler = None  # of torch's collectives of objects: they would fail
+say(f"rank {rank} is process {os.getpid()}")
+sys.addaudithook(print_unpickled)
+c10d._pickler = c10d._unpickler = None  # makes torch's collectives of objects fail
 run_command(train.main)
-pickle.loads(pickle.dumps(os.getpid))  # to see that it is told of
+pickle.loads(pickle.dumps(os.getpid))  # proves that unpickling is printed
 """
 
-# Every call of the thread that saves takes a while, so that most of the time something is half done.
+# Every file operation of the saving thread is slow, so that most of the time a checkpoint is incomplete.
 SLOW_DISK = """
 def wait(event, args):
     if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and threading.current_thread().daemon:
@@ -74,29 +74,29 @@ data.batch = read_slowly
 
 
 def is_alive(pid: int) -> bool:
-    """Whether it is there, and not just waiting for its parent to take note of its end."""
+    """Whether a process exists and is not a zombie."""
     with suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     return False
 
 
 class Trainer:
-    """A trainer, alone or under torchrun, in processes of its own, each of which prints into a file of its own."""
+    """A trainer, alone or under torchrun. Each of its processes prints into its own file."""
 
-    def __init__(self, line: list, run: Path, logs: Path):
+    def __init__(self, command: list, run: Path, logs: Path):
         self.run, self.logs = run, logs
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # there may be one GPU only
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # there may be only one GPU
         with (logs / "stdout.log").open("w") as out, (logs / "stderr.log").open("w") as err:
-            self.process = subprocess.Popen(list(map(str, line)), stdout=out, stderr=err, env=environment)
+            self.process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=err, env=environment)
 
     @property
     def output(self) -> str:
-        """What it has printed, torchrun left out."""
+        """What the ranks have printed, without torchrun."""
         ranks = sorted(self.logs.glob("*/attempt_0/*/std*.log")) or sorted(self.logs.glob("std*.log"))
         return "".join(log.read_text() for log in ranks)
 
     def until(self, pattern: str) -> re.Match:
-        """Wait until it has printed this."""
+        """Wait until the ranks have printed a pattern. Returns the match."""
         give_up = time.monotonic() + 120
         while not (found := re.search(pattern, self.output)):
             assert self.process.poll() is None, self.output
@@ -108,11 +108,11 @@ class Trainer:
         return int(self.until(rf"rank {rank} is process (\d+)\n")[1])
 
     def ranks(self) -> list[int]:
-        """The processes that train and are still there."""
+        """Process ids of the ranks that are alive."""
         return [pid for pid in map(int, re.findall(r"is process (\d+)\n", self.output)) if is_alive(pid)]
 
     def end(self) -> int:
-        """Wait for its end, and for that of its ranks, who may survive torchrun. Returns the exit status."""
+        """Wait until the process and its ranks have ended: ranks can outlive torchrun. Returns the exit status."""
         status, give_up = self.process.wait(120), time.monotonic() + 120
         while self.ranks():
             assert time.monotonic() < give_up, self.output
@@ -120,7 +120,7 @@ class Trainer:
         return status
 
     def kill(self) -> None:
-        """Kill it if it still runs."""
+        """Kill the process and its ranks if they still run."""
         if self.process.poll() is None:
             for pid in [self.process.pid, *self.ranks()]:
                 with suppress(ProcessLookupError):
@@ -128,7 +128,7 @@ class Trainer:
             self.end()
 
     def errors(self) -> list[str]:
-        """The lines on what went wrong."""
+        """The error lines. There must be no traceback."""
         assert "Traceback" not in self.output, self.output
         return re.findall(r"^error: .*", self.output, re.MULTILINE)
 
@@ -144,13 +144,13 @@ def launch(corpus, tmp_path_factory) -> Iterator[Launch]:
     def start(out: str, *flags, world: int = 1, fault: str = "", torchrun: list = ()) -> Trainer:
         logs, run = tmp_path_factory.mktemp("logs"), tmp_path_factory.getbasetemp() / "faults" / out
         (logs / "script.py").write_text(SCRIPT.replace("FAULT", fault))
-        line = [sys.executable, "-u"]
+        command = [sys.executable, "-u"]
         if world > 1:
-            line = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", world]
-            line += ["--log-dir", logs, "--redirects", 3, *torchrun]
-        line += [logs / "script.py", ROOT, "--size", "14m", "--data", corpus, "--out", run, "--steps", STEPS]
-        line += ["--batch-size", 4, "--seq-len", 32, "--lr", 1e-2, "--keep-state", STEPS + 1, *flags]
-        trainers.append(Trainer(line, run, logs))
+            command = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", world]
+            command += ["--log-dir", logs, "--redirects", 3, *torchrun]
+        command += [logs / "script.py", ROOT, "--size", "14m", "--data", corpus, "--out", run, "--steps", STEPS]
+        command += ["--batch-size", 4, "--seq-len", 32, "--lr", 1e-2, "--keep-state", STEPS + 1, *flags]
+        trainers.append(Trainer(command, run, logs))
         return trainers[-1]
 
     yield start
@@ -160,7 +160,7 @@ def launch(corpus, tmp_path_factory) -> Iterator[Launch]:
 
 @pytest.fixture(scope="module")
 def undisturbed(launch) -> Callable[[int], Path]:
-    """undisturbed(world) -> the directory of a run without faults, all of whose checkpoints have state."""
+    """undisturbed(world) -> the directory of a run without faults. All of its checkpoints have state."""
     runs = {}
 
     def train(world: int) -> Path:
@@ -183,7 +183,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def assert_whole(run: Path, undisturbed: Path) -> None:
-    """What bears the name of a checkpoint is that of the run without faults, but for state that was dropped."""
+    """Every checkpoint equals the one of the run without faults. Its state may have been dropped."""
     for step in checkpoints(run):
         ours, theirs = contents(run / f"step{step}"), contents(undisturbed / f"step{step}")
         listed = set(json.loads(ours["manifest.json"])["files"])
@@ -193,7 +193,7 @@ def assert_whole(run: Path, undisturbed: Path) -> None:
 
 
 def assert_same(trainer: Trainer, undisturbed: Path) -> None:
-    """It has finished a run, which is now that without faults."""
+    """The trainer has finished, and its run equals the run without faults."""
     assert trainer.end() == 0, trainer.output
     assert_nothing_unpickled(trainer)
     assert_whole(trainer.run, undisturbed)
@@ -204,7 +204,7 @@ def assert_same(trainer: Trainer, undisturbed: Path) -> None:
 
 
 def assert_nothing_unpickled(trainer: Trainer) -> None:
-    """From the beginning of a run that was finished to its end. Afterwards every rank unpickles something."""
+    """A finished run has unpickled nothing. Only at its end every rank unpickles os.getpid."""
     ranks = len(re.findall("is process", trainer.output))
     assert re.findall(r"unpickled \((.*)\) in ", trainer.output) == ["'posix', 'getpid'"] * ranks, trainer.output
 
@@ -212,34 +212,36 @@ def assert_nothing_unpickled(trainer: Trainer) -> None:
 # Killed
 
 
-def kill_at_random(trainer: Trainer, half_written: bool, chance: random.Random) -> bool | None:
-    """Kill a trainer at some moment, with half_written in one at which a checkpoint is. Returns whether one was; None
-    when the run has ended before."""
+def kill_at_random(trainer: Trainer, half_written: bool, rng: random.Random) -> bool | None:
+    """Kill a trainer at a random moment, with half_written while it writes a checkpoint.
+
+    Returns whether a checkpoint was being written, or None if the run ended before.
+    """
     if half_written:
         trainer.until(f"{START}|is finished")
-    time.sleep(chance.uniform(0, 2 if half_written else 5))
+    time.sleep(rng.uniform(0, 2 if half_written else 5))
     while trainer.process.poll() is None:
-        trainer.process.send_signal(signal.SIGSTOP)  # to look at what it has done until now
+        trainer.process.send_signal(signal.SIGSTOP)  # so that nothing changes while we look
         found = any(trainer.run.glob(".step*.tmp"))
         if found or not half_written:
             trainer.process.kill()
             return found if trainer.end() == -signal.SIGKILL else None
         trainer.process.send_signal(signal.SIGCONT)
-        time.sleep(chance.uniform(0, 0.1))
+        time.sleep(rng.uniform(0, 0.1))
     return None
 
 
 @pytest.mark.parametrize(("kills", "seed"), [(4, 0), pytest.param(100, 1, marks=pytest.mark.slow)])
 def test_campaign(kills, seed, launch, undisturbed):
-    """Killed at random moments, half of them while a checkpoint is written, over and over until a run is finished."""
-    chance, expected, run, killed, while_saving, reported = random.Random(seed), undisturbed(1), 0, 0, 0, {0}
+    """Runs are killed at random moments, half of them while a checkpoint is written, and resumed until they finish."""
+    rng, expected, run, killed, while_saving, reported = random.Random(seed), undisturbed(1), 0, 0, 0, {0}
     while True:
         out = f"killed-{kills}-{run}"
         trainer = launch(out, "--keep-state", 2, fault=SLOW_DISK)
         before = checkpoints(trainer.run)
         half_written = None
         if killed < kills:
-            half_written = kill_at_random(trainer, killed % 2 == 0, chance)
+            half_written = kill_at_random(trainer, killed % 2 == 0, rng)
         trainer.end()
         if started := re.search(START, trainer.output):
             assert int(started[1]) == max(before, default=0) >= max(reported)
@@ -257,7 +259,7 @@ def test_campaign(kills, seed, launch, undisturbed):
         else:
             killed, while_saving = killed + 1, while_saving + half_written
             for directory in trainer.run.glob(".step*.tmp"):
-                directory.rename(trainer.run / f".step{1000 + killed}.tmp")  # which no later save makes again
+                directory.rename(trainer.run / f".step{1000 + killed}.tmp")  # a name that no later save uses
     print(f"{killed} kills, {while_saving} of them while a checkpoint was written, in {run + 1} runs")
     assert while_saving >= kills / 3
 
@@ -265,7 +267,7 @@ def test_campaign(kills, seed, launch, undisturbed):
 @pytest.mark.slow
 @pytest.mark.parametrize("resumed", [False, True])
 def test_killed_at_any_call_of_a_start(resumed, launch, undisturbed):
-    """Before every call with which the main thread changes the run directory."""
+    """Killed before each call of the main thread that changes the run directory."""
     for n in itertools.count(1):
         fault = f"""
 out, calls = sys.argv[sys.argv.index("--out") + 1], iter(range(1, 1000))
@@ -277,7 +279,7 @@ def die(event, args):
 sys.addaudithook(die)
 """
         out = f"start-{n}-{resumed}"
-        if resumed:  # from step 1, where there are records of later ones
+        if resumed:  # from step 1; metrics.jsonl has records of later steps
             run = shutil.copytree(undisturbed(1), undisturbed(1).with_name(out))
             for step in range(2, STEPS + 1):
                 shutil.rmtree(run / f"step{step}")
@@ -293,7 +295,7 @@ sys.addaudithook(die)
 
 
 def test_torchrun_is_killed(launch, undisturbed):
-    """Its ranks save and end; then the same line goes on."""
+    """The ranks save and end; then the same command continues the run."""
     trainer = launch("orphans", world=2, fault=SLOW_STEPS)
     trainer.until(r"saved \S+/step4\n")
     trainer.process.kill()
@@ -308,13 +310,13 @@ def test_torchrun_is_killed(launch, undisturbed):
 
 @pytest.mark.slow
 def test_killed_while_ranks_save(launch, undisturbed):
-    """One of them, all, or torchrun, and any of these together: at random moments."""
-    chance, expected = random.Random(2), undisturbed(2)
+    """One rank, all ranks, or torchrun, and combinations of them, are killed at random moments."""
+    rng, expected = random.Random(2), undisturbed(2)
     for victims in ([0], [1], [0, 1], ["torchrun"], ["torchrun", 0], ["torchrun", 0, 1]):
         trainer = launch("saving", world=2, fault=SLOW_DISK)
         before = checkpoints(trainer.run)
         assert int(trainer.until(START)[1]) == max(before, default=0)
-        time.sleep(chance.uniform(0, 0.5))
+        time.sleep(rng.uniform(0, 0.5))
         while not any(trainer.run.glob(".step*.tmp")):
             assert trainer.process.poll() is None, trainer.output
         pids = {"torchrun": trainer.process.pid, 0: trainer.pid(0), 1: trainer.pid(1)}
@@ -329,12 +331,12 @@ def test_killed_while_ranks_save(launch, undisturbed):
     assert_same(launch("saving", world=2), expected)
 
 
-# Only one rank knows of it
+# Faults of one rank
 
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_a_loss_of_one_rank_is_not_finite(rank, launch, undisturbed):
-    """All stop before the update, at the same step, and one of them says so."""
+def test_the_loss_of_one_rank_is_not_finite(rank, launch, undisturbed):
+    """All ranks stop at the same step before the update, and one of them reports it."""
     fault = f"""
 forward, calls = train.Pythia.forward, iter(range(1000))
 def broken(*args):
@@ -376,8 +378,8 @@ def test_the_disk_of_one_rank_is_full(launch, undisturbed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
-def test_goes_on_when_the_disk_is_back(world, launch, undisturbed):
-    """The file system of the run is gone for a while, as when a server of files is down."""
+def test_a_file_system_that_is_gone_for_a_while(world, launch, undisturbed):
+    """As when a file server is down."""
     trouble = "os.rename(out, out + '-gone')"
     fault = f"out = sys.argv[sys.argv.index('--out') + 1]\n{AT_STEP_4}"
     fault = fault.replace("rank == 1", f"rank == {world - 1}").replace("TROUBLE", trouble)
@@ -396,10 +398,10 @@ def test_goes_on_when_the_disk_is_back(world, launch, undisturbed):
 
 
 def test_two_runs_in_one_directory(launch, undisturbed):
-    """The second is refused, and the first does not notice."""
+    """The second run is refused. The first run is not disturbed."""
     first = launch("shared", fault=SLOW_STEPS)
     first.until(r"saved \S+/step4\n")
-    first.process.send_signal(signal.SIGSTOP)  # or it might end too soon
+    first.process.send_signal(signal.SIGSTOP)  # so that it does not end before the second starts
     second = launch("shared")
     assert second.end() == 1
     first.process.send_signal(signal.SIGCONT)
@@ -413,7 +415,7 @@ def test_two_runs_in_one_directory(launch, undisturbed):
 
 @pytest.mark.slow
 def test_a_save_that_takes_longer_than_torchrun_waits(launch, undisturbed):
-    """torchrun kills after half a minute, unless told otherwise."""
+    """torchrun kills ranks after 30 seconds, but not with a longer --shutdown-timeout."""
     fault = """
 from checkpoints import save as saving
 handle, flush = train.StopSignal.handle, saving.flush
@@ -434,7 +436,7 @@ train.StopSignal.handle, saving.flush = handle_and_slow_down, flush_slowly
     trainer.process.send_signal(signal.SIGTERM)
     began = time.monotonic()
     trainer.end()
-    assert time.monotonic() - began > 35  # or nothing was tested
+    assert time.monotonic() - began > 35  # otherwise nothing was tested
     assert trainer.errors() == []
     assert checkpoints(trainer.run)[-1] == int(re.search(f"paused at step (\\d+) of {STEPS}", trainer.output)[1])
     assert_same(launch("patient", world=2), undisturbed(2))
@@ -448,7 +450,7 @@ def test_a_rank_that_is_stopped(rank, launch, undisturbed):
     os.kill(trainer.pid(rank), signal.SIGSTOP)
     pattern = rf"error: rank {rank} \(\S+:{trainer.pid(rank)}\) hangs: no sign of life since step \d+, "
     trainer.until(pattern)
-    os.kill(trainer.pid(rank), signal.SIGKILL)  # as torchrun does after half a minute
+    os.kill(trainer.pid(rank), signal.SIGKILL)  # torchrun does so after half a minute
     assert trainer.end() == 1
     assert len(trainer.errors()) == 1
     assert_whole(trainer.run, undisturbed(2))

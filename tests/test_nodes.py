@@ -1,4 +1,4 @@
-"""Many nodes, on one machine: nodes that join and leave a run, a network that is cut, SLURM's script."""
+"""Many nodes, simulated on one machine: nodes join and leave a run, a network is cut, SLURM runs slurm.sh."""
 
 import json
 import os
@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 from conftest import records
-from test_parallel import ROOT, assert_same_bits, assert_same_training
+from small_runs import ROOT, assert_same_bits, assert_same_training
 
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 FLAGS = ["--batch-size", 16, "--micro-batch", 2, "--lr", 1e-2]
 BITWISE = [*FLAGS, "--bitwise"]
 
-# train.py with the model of conftest.py, and a pause before every step, so that there is time for things to happen.
+# train.py with the model of conftest.py and a pause of $PAUSE seconds before every step.
 SCRIPT = f"""
 import faulthandler, os, sys, time
 faulthandler.dump_traceback_later(300, exit=True)
@@ -42,43 +42,45 @@ run_command(train.main)
 class Node:
     """A torchrun and its ranks."""
 
-    def __init__(self, line: list, log: Path, **environment: str):
+    def __init__(self, command: list, log: Path, **environment: str):
         self.log = log
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         with log.open("w") as file:
-            self.torchrun = subprocess.Popen([*map(str, line)], stdout=file, stderr=subprocess.STDOUT, env=environment)
+            self.torchrun = subprocess.Popen(
+                [*map(str, command)], stdout=file, stderr=subprocess.STDOUT, env=environment
+            )
 
     def ranks(self) -> list[int]:
-        """Their process ids."""
+        """The process ids of the ranks."""
         stats = [(int(p.parent.name), p.read_text()) for p in Path("/proc").glob("[0-9]*/stat")]
         return [pid for pid, stat in stats if int(stat.rpartition(")")[2].split()[1]) == self.torchrun.pid]
 
     def kill(self) -> None:
-        """As a machine that fails."""
+        """Kill all processes, as when the machine fails."""
         for pid in (self.torchrun.pid, *self.ranks()):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def end(self) -> tuple[int, str]:
-        """Wait for the end: the exit status and what was said."""
+        """Wait for the end. Returns the exit status and the output."""
         status = self.torchrun.wait(120)
         return status, self.log.read_text()
 
     def errors(self) -> list[str]:
-        """What ranks have said that went wrong, tracebacks included; not torchrun's own report, which has one too."""
+        """The error lines of the ranks, tracebacks included; not those of torchrun's own report."""
         return [line for line in self.log.read_text().splitlines() if re.match(r"error: |\[rank\d+\]", line)]
 
 
 @pytest.fixture
 def start(corpus, tmp_path) -> Iterator[Callable]:
-    """start(*line, flags, prefix, **environment) -> Node: prefix, torchrun's flags, then a run in tmp_path/nodes."""
+    """start(*torchrun flags, flags=, prefix=, **environment) -> Node: a run in tmp_path/nodes; prefix is a command."""
     (tmp_path / "small.py").write_text(SCRIPT)
     nodes = []
 
-    def start(*line, flags=(), prefix=(), **environment: str) -> Node:
-        line = [*prefix, TORCHRUN, *line, tmp_path / "small.py", "--size", "14m", "--data", corpus]
-        line += ["--out", tmp_path / "nodes", "--seq-len", 32, "--precision", "fp32", *flags]
-        nodes.append(Node(line, tmp_path / f"node{len(nodes)}.log", **environment))
+    def start(*torchrun_flags, flags=(), prefix=(), **environment: str) -> Node:
+        command = [*prefix, TORCHRUN, *torchrun_flags, tmp_path / "small.py", "--size", "14m", "--data", corpus]
+        command += ["--out", tmp_path / "nodes", "--seq-len", 32, "--precision", "fp32", *flags]
+        nodes.append(Node(command, tmp_path / f"node{len(nodes)}.log", **environment))
         return nodes[-1]
 
     yield start
@@ -89,12 +91,12 @@ def start(corpus, tmp_path) -> Iterator[Callable]:
 
 
 def made(run: Path) -> int:
-    """How many steps are recorded."""
+    """How many steps are in metrics.jsonl."""
     return len((run / "metrics.jsonl").read_text().splitlines()) if (run / "metrics.jsonl").exists() else 0
 
 
 def starts(run: Path) -> list[tuple[int, int]]:
-    """(step, ranks) of every start."""
+    """(step, number of ranks) of every start."""
     return [(s["step"], s["ranks"]) for s in json.loads((run / "run.json").read_text())["starts"]]
 
 
@@ -116,13 +118,13 @@ def free_port() -> int:
 
 
 def test_a_killed_rank_is_replaced(start, run, tmp_path):
-    """torchrun starts all ranks again, which go on from the newest checkpoint, and nothing shows afterwards."""
+    """torchrun starts all ranks again. They resume, and end with the bits of an undisturbed run."""
     flags = [*BITWISE, "--steps", 20]
     node = start("--standalone", "--nproc-per-node", 2, "--max-restarts", 1, flags=flags, PAUSE="0.05")
     wait(lambda: (tmp_path / "nodes").exists() and made(tmp_path / "nodes") > 10, node)
     os.kill(node.ranks()[-1], signal.SIGKILL)
-    status, said = node.end()
-    assert status == 0, said
+    status, output = node.end()
+    assert status == 0, output
     assert starts(tmp_path / "nodes") == [(0, 2), (8, 2)]
     whole = run(*flags)
     assert records(tmp_path / "nodes") == records(whole)
@@ -131,10 +133,10 @@ def test_a_killed_rank_is_replaced(start, run, tmp_path):
 
 @pytest.mark.slow
 def test_nodes_join_and_leave(start, run, tmp_path):
-    """One node; two, as another joins; one, as that fails; two; one, as the other is told to stop. The run goes on by
-    itself each time. Only the failure costs steps, which are made again."""
+    """A second node joins, fails, joins again, and is told to stop. The run continues by itself each time, and repeats
+    steps only after the failure."""
     nodes, port = tmp_path / "nodes", free_port()
-    flags = [*BITWISE, "--steps", 3000]  # more than will be made
+    flags = [*BITWISE, "--steps", 3000]  # more than the test makes
     elastic = ["--nnodes", "1:2", "--nproc-per-node", 1, "--max-restarts", 9, "--rdzv-backend", "c10d", "--rdzv-id", 1]
     elastic += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
     elastic += ["--rdzv-conf", "last_call_timeout=1,keep_alive_interval=1"]
@@ -143,7 +145,7 @@ def test_nodes_join_and_leave(start, run, tmp_path):
         return start(*elastic, flags=flags, PAUSE="0.05", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
 
     def goes_on(ranks: list[int]) -> None:
-        """Wait until the run was started for the last time of these, and has made steps since."""
+        """Wait until the last of these starts has made ten steps. `ranks`: the number of ranks of every start."""
         wait(lambda: (nodes / "run.json").exists() and len(starts(nodes)) >= len(ranks), first)
         assert [world for _, world in starts(nodes)] == ranks
         last = starts(nodes)[-1][0]
@@ -160,9 +162,9 @@ def test_nodes_join_and_leave(start, run, tmp_path):
     second.torchrun.terminate()
     goes_on([1, 2, 1, 2, 1])
     first.torchrun.terminate()
-    _, said = first.end()
+    _, output = first.end()
 
-    paused = [int(step) for step in re.findall(r"paused at step (\d+)", said)]
+    paused = [int(step) for step in re.findall(r"paused at step (\d+)", output)]
     resumed = [step for step, _ in starts(nodes)]
     assert [resumed[1], resumed[3], resumed[4]] == paused[:3]
     assert paused[3] == made(nodes)
@@ -182,9 +184,9 @@ def ip(*words: str) -> str:
 
 @pytest.fixture
 def network() -> Iterator[Callable[[str], None]]:
-    """Two network namespaces, 10.77.0.1 and 10.77.0.2, and a cable between them.
+    """Two network namespaces, 10.77.0.1 and 10.77.0.2, and a virtual cable between them.
 
-    network("down") cuts it: the second's end is down, the first's has no carrier. network("up") mends it.
+    network("down") cuts the cable: the second node's end is down, the first's has no carrier. network("up") repairs it.
     """
     if not shutil.which("ip"):
         pytest.skip("needs the command ip of iproute2")
@@ -209,13 +211,24 @@ def network() -> Iterator[Callable[[str], None]]:
 
 @pytest.fixture
 def two_nodes(start, network) -> Callable[..., list[Node]]:
-    """two_nodes(ranks of each, flags, **environment) -> both nodes, where each knows the other."""
+    """two_nodes(ranks per node, flags, **environment) -> both nodes, each in its namespace."""
 
     def two_nodes(ranks: int, flags: list, **environment: str) -> list[Node]:
-        line = ["--nnodes", 2, "--nproc-per-node", ranks, "--master-addr", "10.77.0.1", "--master-port", 29400]
+        torchrun_flags = [
+            "--nnodes",
+            2,
+            "--nproc-per-node",
+            ranks,
+            "--master-addr",
+            "10.77.0.1",
+            "--master-port",
+            29400,
+        ]
         environment["GLOO_SOCKET_IFNAME"] = "cable"
         prefixes = [["ip", "netns", "exec", name] for name in NAMESPACES]
-        return [start(*line, "--node-rank", i, flags=flags, prefix=prefixes[i], **environment) for i in (0, 1)]
+        return [
+            start(*torchrun_flags, "--node-rank", i, flags=flags, prefix=prefixes[i], **environment) for i in (0, 1)
+        ]
 
     return two_nodes
 
@@ -224,8 +237,8 @@ def two_nodes(start, network) -> Callable[..., list[Node]]:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_two_nodes_train_as_one(ranks, two_nodes, run, tmp_path):
     for node in two_nodes(ranks, [*BITWISE, "--steps", 20]):
-        status, said = node.end()
-        assert status == 0, said
+        status, output = node.end()
+        assert status == 0, output
     assert starts(tmp_path / "nodes") == [(0, 2 * ranks)]
     whole = run(*BITWISE, "--steps", 20)
     assert records(tmp_path / "nodes") == records(whole)
@@ -235,29 +248,29 @@ def test_two_nodes_train_as_one(ranks, two_nodes, run, tmp_path):
 @pytest.mark.slow
 def test_two_nodes_hold_a_copy_each(two_nodes, run, tmp_path):
     for node in two_nodes(2, [*FLAGS, "--steps", 20, "--shard", "hybrid"]):
-        status, said = node.end()
-        assert status == 0, said
+        status, output = node.end()
+        assert status == 0, output
     assert starts(tmp_path / "nodes") == [(0, 4)]
     assert_same_training(tmp_path / "nodes", run(*BITWISE, "--steps", 20))
 
 
 @pytest.mark.slow
 def test_a_cut_cable(two_nodes, network, run, tmp_path):
-    """Both nodes say so and end; mended, the same lines go on."""
+    """Both nodes report it and end. After the repair the same commands continue the run."""
     flags = [*BITWISE, "--steps", 60, "--timeout", 6]
     first, second = two_nodes(1, flags, PAUSE="0.1")
     wait(lambda: (tmp_path / "nodes").exists() and made(tmp_path / "nodes") > 20, first)
     network("down")
     for node in (first, second):
-        status, said = node.end()
+        status, output = node.end()
         assert status == 1
-        assert len(node.errors()) == 1, said
+        assert len(node.errors()) == 1, output
     assert re.match(r"error: rank 1 \(\S+:\d+\) hangs: no sign of life since step \d+", first.errors()[0])
     assert re.match(r"error: rank 1 \(\S+:\d+\) has waited for .+ does not answer", second.errors()[0])
     network("up")
     for node in two_nodes(1, flags):
-        status, said = node.end()
-        assert status == 0, said
+        status, output = node.end()
+        assert status == 0, output
     assert starts(tmp_path / "nodes") == [(0, 2), (16, 2)]
     whole = run(*flags)
     assert records(tmp_path / "nodes") == records(whole)
@@ -266,7 +279,7 @@ def test_a_cut_cable(two_nodes, network, run, tmp_path):
 
 # SLURM
 
-# What the script calls, for two nodes on this machine. The process ids of the tasks are left in a file.
+# Replacements of the commands that slurm.sh calls, for two nodes on this machine. `tasks` lists their process ids.
 SRUN = """#!/usr/bin/env bash
 [ "$1" = --kill-on-bad-exit=1 ] && shift || exit 99
 for node in 0 1; do
@@ -284,7 +297,7 @@ SCONTROL = """#!/usr/bin/env bash
 
 @pytest.fixture
 def sbatch(corpus, tmp_path) -> Callable[..., subprocess.Popen]:
-    """sbatch(*flags, **commands) -> slurm.sh running in tmp_path, with these scripts in place of SLURM's commands."""
+    """sbatch(*flags, **commands) -> slurm.sh running in tmp_path, with scripts in place of SLURM's commands."""
     (tmp_path / "small.py").write_text(SCRIPT)
     torchrun = f'#!/usr/bin/env bash\nexec {TORCHRUN} "${{@/#train.py/small.py}}"\n'
     job = {"JOB_ID": "7", "JOB_NODELIST": "node[1-2]", "NNODES": "2", "GPUS_ON_NODE": "1", "CPUS_PER_TASK": "1"}
@@ -296,17 +309,17 @@ def sbatch(corpus, tmp_path) -> Callable[..., subprocess.Popen]:
         for name, script in ({"torchrun": torchrun, "srun": SRUN, "scontrol": SCONTROL} | commands).items():
             (tmp_path / "bin" / name).write_text(script)
             (tmp_path / "bin" / name).chmod(0o755)
-        line = ["bash", ROOT / "slurm.sh", "nodes", "--size", "14m", "--data", corpus, "--seq-len", 32, *flags]
+        command = ["bash", ROOT / "slurm.sh", "nodes", "--size", "14m", "--data", corpus, "--seq-len", 32, *flags]
         with (tmp_path / "log").open("a") as log:
-            line = [*map(str, line)]
-            return subprocess.Popen(line, cwd=tmp_path, env=os.environ | environment, stdout=log, stderr=log)
+            command = [*map(str, command)]
+            return subprocess.Popen(command, cwd=tmp_path, env=os.environ | environment, stdout=log, stderr=log)
 
     return sbatch
 
 
 @pytest.mark.slow
 def test_slurm(sbatch, run, tmp_path):
-    """A job that SLURM tells to stop saves and is queued again; then it goes on to the end."""
+    """A job that SLURM tells to stop saves and is queued again. The next job finishes the run."""
     flags, nodes = [*BITWISE, "--precision", "fp32", "--steps", 25], tmp_path / "nodes"
     job = sbatch(*flags)
     while made(nodes) < 10 and job.poll() is None:
@@ -324,7 +337,7 @@ def test_slurm(sbatch, run, tmp_path):
 
 
 def test_slurm_gives_up(sbatch, tmp_path):
-    """A job that fails is queued again if it has saved a checkpoint, and else is not."""
+    """A job that fails is queued again only if it has saved a checkpoint."""
     fails = "#!/usr/bin/env bash\nmkdir -p nodes/step8\nexit 1\n"
     assert sbatch(srun=fails).wait() == 0
     assert (tmp_path / "requests").read_text() == "requeue 7\n"
