@@ -30,7 +30,7 @@ from checkpoints.save import Saver
 from corpus.loader import Loader, digest
 from kernels import backend
 from model import SIZES, Config, Pythia
-from model.huggingface import read_config, read_weights
+from model.huggingface import Export, read_config, read_weights
 from model.sizes import is_published_step
 from parallel.fsdp import RECOMPUTE, SHARD, init_weights, local, local_rows, set_recompute, shard_weights
 from parallel.gradients import Gradients
@@ -221,8 +221,8 @@ def run_steps(s: Settings, ranks: Dist, resources: ExitStack) -> int:
     watchdog = resources.enter_context(Watchdog(ranks, s.timeout))
     # On a CPU others compute in float32, and get the weights in it: rounded ones would have other logits.
     dtype = torch.float32 if (device.type, s.precision) == ("cpu", "bf16") else model.compute_dtype
-    form = dtype, hidden_act, data.find_tokenizer(s.data)  # of the checkpoints
-    saver = Saver(run, model, optimizer, ranks, *form, s.keep_state, heartbeat=watchdog.heartbeat)
+    export = Export(dtype, hidden_act, data.find_tokenizer(s.data))
+    saver = Saver(run, model, optimizer, ranks, export, s.keep_state, watchdog.heartbeat)
     resources.callback(saver.wait)
     if resumed is None:
         saver.save(0, {"updates": 0, "scaler": scaler and vars(scaler)})
