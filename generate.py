@@ -24,10 +24,10 @@ END_OF_TEXT = 0
 def generate(
     model: Pythia, prompt: list[int], tokens: int, temperature: float = 1.0, top_k: int = 0, seed: int = 1234
 ) -> Iterator[int]:
-    """Yield up to `tokens` ids that follow the prompt, ending before <|endoftext|> (id 0).
+    """Yield up to `tokens` ids that continue the prompt; stop before <|endoftext|> (id 0).
 
-    temperature 0 takes the likeliest id each time; top_k > 0 draws among the k likeliest only. The same seed draws the
-    same text on the same machine.
+    temperature=0 always takes the most likely id; top_k > 0 samples among the k most likely ids only. The same seed
+    gives the same text on the same machine.
     """
     parameter = model.embed
     generator = torch.Generator(parameter.device).manual_seed(seed)
@@ -46,10 +46,10 @@ def generate(
 
 
 def sample(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
-    """One id, drawn from softmax(logits / temperature) over the top_k largest logits [vocab]."""
+    """Sample one id from softmax(logits / temperature) over the top_k largest of logits [vocab]."""
     if temperature == 0:
         return logits.argmax()
-    logits = logits.double() - logits.max()  # so that a temperature near 0 leaves the likeliest
+    logits = logits.double() - logits.max()  # or a temperature near 0 would make all of them infinite
     if 0 < top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
     return torch.multinomial((logits / temperature).softmax(0), 1, generator=generator)[0]
@@ -60,34 +60,39 @@ def main() -> None:
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="directory with config.json and model.safetensors"
     )
-    parser.add_argument("--prompt", required=True, help="the text to go on from; empty starts a new document")
-    parser.add_argument("--tokens", type=int, default=200, help="how many at most (default: %(default)s)")
+    parser.add_argument("--prompt", required=True, help="the text to continue; an empty one starts a new document")
+    parser.add_argument("--tokens", type=int, default=200, help="maximum number of tokens (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
-    parser.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest tokens (default: all)")
-    parser.add_argument("--seed", type=int, default=1234, help="of the drawing (default: %(default)s)")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json, where the checkpoint has none")
+    parser.add_argument("--top-k", type=int, default=0, help="sample among the k most likely tokens (default: all)")
+    parser.add_argument("--seed", type=int, default=1234, help="seed of the sampling (default: %(default)s)")
+    parser.add_argument("--tokenizer", type=Path, help="path of a tokenizer.json (default: the one in the checkpoint)")
     args = parser.parse_args()
     if args.tokens < 1 or not 0 <= args.temperature < math.inf or args.top_k < 0:
-        raise UserError("--tokens must be positive, --temperature and --top-k not negative")
+        raise UserError("--tokens must be positive, --temperature and --top-k must not be negative")
     if not -(2**63) <= args.seed < 2**64:
-        raise UserError(f"--seed {args.seed} does not fit 64 bits")
+        raise UserError(f"--seed {args.seed} does not fit in 64 bits")
     try:
         args.prompt.encode()
     except UnicodeEncodeError:
-        raise UserError("--prompt is not UTF-8") from None
+        raise UserError("--prompt is not valid UTF-8") from None
 
     model = load(args.checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
     path = args.tokenizer or args.checkpoint / "tokenizer.json"
     if not path.exists():
-        raise UserError(f"{path} does not exist: give the tokenizer.json of the training data with --tokenizer")
+        raise UserError(f"{path} does not exist: pass the tokenizer.json of the training data with --tokenizer")
     tokenizer = load_tokenizer(path)
     prompt = tokenizer.encode(args.prompt).ids or [END_OF_TEXT]
     if max(prompt) >= model.config.vocab:
-        raise UserError(f"{path} gives id {max(prompt)}, the model has {model.config.vocab}: not its tokenizer")
+        raise UserError(
+            f"{path} is not the model's tokenizer: it gives id {max(prompt)}, the model has {model.config.vocab} ids"
+        )
     if len(prompt) + args.tokens > model.config.seq_len:
-        print(f"note: longer than the {model.config.seq_len} tokens the model was trained on", file=sys.stderr)
+        print(
+            f"note: the text will be longer than the {model.config.seq_len} tokens that the model was trained on",
+            file=sys.stderr,
+        )
     print(args.prompt, end="", flush=True)
-    stream = DecodeStream(skip_special_tokens=True)  # holds back a character until all its bytes are there
+    stream = DecodeStream(skip_special_tokens=True)  # prints a character only when all its bytes are there
     for token in generate(model, prompt, args.tokens, args.temperature, args.top_k, args.seed):
         print(stream.step(tokenizer, token) or "", end="", flush=True)
     print()

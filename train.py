@@ -29,7 +29,7 @@ from checkpoints.save import Saver
 from corpus.loader import Batch, Loader, digest
 from kernels import backend
 from model import SIZES, Config, Pythia
-from model.huggingface import read_config, read_weights
+from model.huggingface import Export, read_config, read_weights
 from model.sizes import is_published_step
 from parallel.fsdp import RECOMPUTE, SHARD, init_weights, local, local_rows, set_recompute, shard_weights
 from parallel.gradients import Gradients
@@ -352,8 +352,8 @@ def open_saver(
     """The writer of checkpoints. Their weights have the dtype of the training, but float32 if that is bf16 on a CPU:
     there others compute in float32, and rounded weights would change their logits."""
     dtype = torch.float32 if (dist.device.type, s.precision) == ("cpu", "bf16") else model.compute_dtype
-    form = dtype, "gelu", data.find_tokenizer(s.data)  # "gelu" as in the published config.json
-    saver = Saver(run_dir, model, optimizer, dist, *form, s.keep_state, heartbeat=watchdog.heartbeat)
+    export = Export(dtype, tokenizer=data.find_tokenizer(s.data))
+    saver = Saver(run_dir, model, optimizer, dist, export, s.keep_state, watchdog.heartbeat)
     stack.callback(saver.wait)
     return saver
 

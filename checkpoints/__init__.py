@@ -1,1 +1,1 @@
-"""Checkpoints: written while training goes on, verified before they are trusted."""
+"""Checkpoints: written in the background while training goes on, verified before they are loaded."""

@@ -1,16 +1,14 @@
-"""What a checkpoint is on disk: verified before it is trusted, read on any number of ranks, never pickled.
+"""What a checkpoint is on disk: verified before it is loaded, readable by any number of ranks, never pickled.
 
     RUN/stepN/   config.json, model.safetensors, tokenizer.json    opens in transformers as it is
                  state/           what resuming needs; kept for the newest steps
-                   part-0000R-of-0000W.safetensors    float32 weights and Adam's moments: the rows that one of W ranks
-                                                      wrote; its metadata says which, "weight/embed": "0:96 of 384"
+                   part-0000R-of-0000W.safetensors    float32 weights and Adam moments: the rows that rank R of W wrote;
+                                                      its metadata names them, "weight/embed": "0:96 of 384"
                    counters.json
-                 manifest.json    a checksum for every file and tensor, and for itself; written last
+                 manifest.json    a checksum of every file and tensor, and of itself; written last
 
-A checkpoint is written (saving.py) under a temporary name, flushed to disk, and renamed: a directory called stepN is
-complete. What happens to it afterwards is seen by its checksums.
-
-    python checkpoint.py verify RUN        re-hash every checkpoint, name each bad file
+save.py writes a checkpoint under a temporary name, flushes it to disk, and renames it: a directory named stepN is
+complete. Checksums find any damage that happens later.
 """
 
 import hashlib
@@ -19,54 +17,54 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from runtime.errors import UserError
-from runtime.files import flush
+from runtime.files import atomic_write
 from runtime.ranks import Dist
 
 FORMAT = 2
-CHUNK_BYTES = 2**22  # bytes that are read, or written, at a time
-MOST_HEADER = 10**8  # bytes of the header of a safetensors file, as the library has it
+CHUNK_BYTES = 2**22  # read and write in pieces of this size
+MAX_HEADER_BYTES = 10**8  # the safetensors library refuses longer headers
 COUNTERS = "state/counters.json"
 
-# What a damaged or hostile file can make of reading it: json nests too deep, offsets overflow, entries are no dicts.
-READ_ERRORS = (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
+# Exceptions that reading a damaged or malicious file can raise.
+READ_ERRORS = (OSError, SafetensorError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
 
 
 # The manifest
 
 
 def write_manifest(directory: Path, manifest: dict) -> None:
-    """Put a manifest, all but its own checksum, in the place of the one that may be there."""
-    temporary = directory / ".manifest.json.tmp"
-    temporary.write_bytes(_text(manifest))
-    flush(temporary)
-    temporary.rename(directory / "manifest.json")
-    flush(directory)
+    """Write manifest.json with its own checksum; an existing one is replaced."""
+    with atomic_write(directory / "manifest.json") as file:
+        file.write(_serialize(manifest))
 
 
-def _text(manifest: dict) -> bytes:
-    """A manifest as it is written. It ends with the sha256 of what it says, so that a flipped bit in it is seen too."""
+def _serialize(manifest: dict) -> bytes:
+    """The bytes of manifest.json. The last entry is the sha256 of the others, so that a flipped bit is noticed."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return (json.dumps({**content, "sha256": digest}, indent=1) + "\n").encode()
 
 
 def read_manifest(directory: Path) -> dict:
+    """The verified content of manifest.json. Raises UserError if the file is missing or damaged."""
     path = directory / "manifest.json"
     try:
         text = path.read_bytes()
         manifest = json.loads(text)
         if manifest["format"] == 1:
-            raise UserError(f"{path} is of format 1, which is not read any more: start anew, in another directory")
-        if text != _text(manifest):
-            raise ValueError("it is not as it was written")
+            raise UserError(f"{path} has format 1, which is no longer supported: start again with another --out")
+        if text != _serialize(manifest):
+            raise ValueError("its content does not match its checksum")
         if manifest["format"] != FORMAT or f"step{manifest['step']}" != directory.resolve().name:
             raise ValueError(f"format {manifest['format']}, step {manifest['step']}")
         for name, entry in manifest["files"].items():
             tensors = entry.get("tensors", {})
-            sound = isinstance(entry["bytes"], int) and isinstance(tensors, dict)
+            valid_types = isinstance(entry["bytes"], int) and isinstance(tensors, dict)
             inside = ".." not in Path(name).parts and not Path(name).is_absolute()
-            if not sound or not inside or not "".join([name, *tensors]).isprintable():
+            if not valid_types or not inside or not "".join([name, *tensors]).isprintable():
                 raise ValueError(f"bad entry {name[:100]!r}")
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
@@ -75,41 +73,42 @@ def read_manifest(directory: Path) -> dict:
     return manifest
 
 
-# Which checkpoints there are
+# The checkpoints of a run
 
 
 def saved_steps(run: Path) -> list[int]:
-    """The steps of all checkpoints of a run that were completed, ascending."""
+    """The steps of all complete checkpoints of a run, ascending."""
     names = (path.parent.name.removeprefix("step") for path in run.glob("step*/manifest.json"))
     return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
 
-def steps_with_state(run: Path) -> list[int]:
-    """The steps a run could be resumed from, ascending: also those of which it can not be told because the manifest is
-    damaged."""
-    return [step for step in saved_steps(run) if _has_state(run / f"step{step}", if_damaged=True)]
+def steps_with_state(run: Path, count_damaged: bool = True) -> list[int]:
+    """The steps a run can resume from, ascending.
 
+    If a manifest is damaged, its state/ directory decides; with count_damaged=False that checkpoint is left out.
+    """
 
-def _has_state(directory: Path, if_damaged: bool) -> bool:
-    try:
-        return COUNTERS in read_manifest(directory)["files"]
-    except UserError:
-        return if_damaged and (directory / "state").is_dir()
+    def has_state(directory: Path) -> bool:
+        try:
+            return COUNTERS in read_manifest(directory)["files"]
+        except UserError:
+            return count_damaged and (directory / "state").is_dir()
+
+    return [step for step in saved_steps(run) if has_state(run / f"step{step}")]
 
 
 def drop_old_state(run: Path, newest: int, keep: int) -> None:
-    """Drop the state of all but the `keep` newest checkpoints up to step `newest`.
+    """Remove the state of all but the `keep` newest checkpoints up to step `newest`.
 
-    Later ones are of a future that was given up when the run went back behind a damaged checkpoint. Neither they nor
-    those of a damaged manifest may push out a whole one.
+    Only valid manifests count toward `keep`. Steps after `newest` do not count and stay: the run wrote them before it
+    fell back to an older checkpoint.
     """
-    steps = [step for step in saved_steps(run) if step <= newest and _has_state(run / f"step{step}", if_damaged=False)]
-    for step in steps[:-keep]:
+    for step in [s for s in steps_with_state(run, count_damaged=False) if s <= newest][:-keep]:
         drop_state(run / f"step{step}")
 
 
 def drop_state(directory: Path) -> None:
-    """Remove the resumable state of a checkpoint, not its model. The manifest changes first: it is always whole."""
+    """Remove the state of a checkpoint, not its model. The manifest changes first, so that it is valid at any time."""
     manifest = read_manifest(directory)
     manifest["files"] = {name: entry for name, entry in manifest["files"].items() if not name.startswith("state/")}
     write_manifest(directory, manifest)
@@ -118,56 +117,44 @@ def drop_state(directory: Path) -> None:
 
 
 def clean_up(run: Path) -> None:
-    """Remove what a save that was killed has left behind. Raises UserError when it can not be removed."""
+    """Remove the leftovers of a save that was killed. Raises UserError if one cannot be removed."""
     try:
         for old in run.glob(".step*.old.tmp"):  # killed between the two renames of a step that was saved again
             if not (final := run / old.name[1:].removesuffix(".old.tmp")).exists():
                 old.rename(final)
         for leftover in run.glob(".step*.tmp"):
             shutil.rmtree(leftover)
-        for leftover in run.glob("step*/.manifest.json.tmp"):
+        for leftover in run.glob("step*/.manifest.json.*tmp"):
             leftover.unlink()
-        for step in sorted(set(saved_steps(run)) - set(steps_with_state(run))):  # killed while dropping its state
+        for step in sorted(set(saved_steps(run)) - set(steps_with_state(run))):  # killed while its state was dropped
             if (state := run / f"step{step}" / "state").is_dir():
                 shutil.rmtree(state)
     except OSError as error:
-        raise UserError(f"{run}: what a killed save has left behind can not be removed ({error})") from None
+        raise UserError(f"{run}: cannot remove the leftovers of a killed save ({error}); remove them by hand") from None
 
 
 # Checksums
 
 
 def read_header(path: Path) -> tuple[bytes, dict, dict]:
-    """The header of a safetensors file: as bytes, as entries in the order of their data, and its metadata.
+    """The raw header of a safetensors file, its tensor entries in file order, and its metadata.
 
-    Raises OSError, or another of READ_ERRORS when tensors do not fill the file without gap or overlap.
+    The library checks that the tensors fill the file without gap or overlap. Raises one of READ_ERRORS.
     """
-    size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(size - 8, MOST_HEADER):
-            raise ValueError(f"header of {length} bytes in a file of {size}")
-        file.seek(0)
-        header = file.read(8 + length)
-    layout = json.loads(header[8:])
-    metadata = layout.pop("__metadata__", {})
-    entries = dict(sorted(layout.items(), key=lambda item: item[1]["data_offsets"]))
-    end = 0
-    for name, entry in entries.items():
-        begin, stop = entry["data_offsets"]
-        if begin != end or not isinstance(stop, int) or stop < begin:
-            raise ValueError(f"tensor {name[:100]!r} does not begin where the one before it ends")
-        end = stop
-    if len(header) + end != size:
-        raise ValueError(f"tensors of {end} bytes in a file of {size}")
-    return header, entries, metadata
+        length = file.read(8)
+        header = length + file.read(min(int.from_bytes(length, "little"), MAX_HEADER_BYTES))
+    with safe_open(path, framework="pt"):
+        layout = json.loads(header[8:])
+    metadata = layout.pop("__metadata__", None) or {}
+    return header, dict(sorted(layout.items(), key=lambda item: item[1]["data_offsets"])), metadata
 
 
 def checksums(path: Path) -> dict:
-    """The size and sha256 of a file; of a safetensors file, the sha256 of its header and of every tensor instead.
+    """The size and sha256 of a file. A safetensors file has one sha256 for its header and one for each tensor instead.
 
-    Header and tensors together are the whole file, so every byte is covered. Raises one of READ_ERRORS when the file
-    can not be read or has no sound header.
+    Header and tensors cover every byte. The bytes are read, not memory-mapped: a disk error is then an OSError, not a
+    SIGBUS that kills the process. Raises one of READ_ERRORS.
     """
     size = path.stat().st_size
     if path.suffix != ".safetensors":
@@ -175,43 +162,40 @@ def checksums(path: Path) -> dict:
             return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
     header, entries, _ = read_header(path)
 
-    def tensor_sha256(offsets: list[int]) -> str:
+    def tensor_sha256(entry: dict) -> str:
+        begin, end = entry["data_offsets"]
         digest = hashlib.sha256()
         with path.open("rb") as file:
-            file.seek(len(header) + offsets[0])
-            left = offsets[1] - offsets[0]
-            while left > 0 and (piece := file.read(min(left, CHUNK_BYTES))):
-                digest.update(piece)
-                left -= len(piece)
+            file.seek(len(header) + begin)
+            for offset in range(begin, end, CHUNK_BYTES):
+                digest.update(file.read(min(CHUNK_BYTES, end - offset)))
         return digest.hexdigest()
 
     with ThreadPoolExecutor() as threads:  # hashing releases the interpreter lock
-        digests = threads.map(tensor_sha256, (entry["data_offsets"] for entry in entries.values()))
-        tensors = dict(zip(entries, digests))
+        tensors = dict(zip(entries, threads.map(tensor_sha256, entries.values())))
     return {"bytes": size, "header_sha256": hashlib.sha256(header).hexdigest(), "tensors": tensors}
 
 
-def verify_checkpoint(directory: Path, ranks: Dist = Dist()) -> list[str]:  # noqa: B008 (immutable)
-    """What is wrong with a checkpoint, a line each naming the file and tensor; empty when it is as it was saved.
+def verify_checkpoint(directory: Path, dist: Dist = Dist()) -> list[str]:  # noqa: B008 (immutable)
+    """One line for each damaged, missing or unlisted file of a checkpoint, naming file and tensor; [] if it is valid.
 
-    Several ranks, which must all call this, share the work and get the same answer.
+    The ranks share the work: all must call this, and all get the same answer.
     """
     try:
         files = read_manifest(directory)["files"]
-        found = [
-            line
-            for name in list(files)[ranks.rank :: ranks.world_size]
-            for line in _verify_file(directory / name, files[name])
-        ]
-        there = [*directory.glob("*.safetensors*"), *(directory / "state").rglob("*")] if ranks.is_main else []
-        unlisted = (path for path in there if path.relative_to(directory).as_posix() not in files and not path.is_dir())
-        found += [
-            f"{path} does not belong to the checkpoint: its manifest does not list it" for path in sorted(unlisted)
-        ]
+        errors = []
+        for name in list(files)[dist.rank :: dist.world_size]:
+            errors += _verify_file(directory / name, files[name])
+        if dist.is_main:
+            present = [*directory.glob("*.safetensors*"), *(directory / "state").rglob("*")]
+            unlisted = {p for p in present if not p.is_dir()} - {directory / name for name in files}
+            errors += [
+                f"{path} is not part of the checkpoint: the manifest does not list it" for path in sorted(unlisted)
+            ]
     except UserError as error:
-        found = [str(error)]
-    every = [line for text in ranks.all_gather_str(json.dumps(found)) for line in json.loads(text)]
-    return list(dict.fromkeys(every))
+        errors = [str(error)]
+    all_errors = [line for text in dist.all_gather_str(json.dumps(errors)) for line in json.loads(text)]
+    return list(dict.fromkeys(all_errors))
 
 
 def _verify_file(path: Path, expected: dict) -> list[str]:

@@ -1,4 +1,4 @@
-"""Resuming: weights and moments are read from the parts, on any number of ranks."""
+"""Resuming: every rank reads its rows of weights and moments from the parts. The number of ranks may change."""
 
 import json
 import math
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +30,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names of Adam's first and second 
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Rows first .. last - 1 of a tensor of the given shape as they lie in a part, `offset` bytes behind its start."""
+    """Rows first .. last - 1 of a float32 tensor [rows, ..] of the given shape, at byte `offset` of a part."""
 
     path: Path
     first: int
@@ -39,12 +40,12 @@ class StoredRows:
 
 
 def state_shapes(parameters: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """What the parts hold together: the shape of every weight and moment, by the name it has there."""
+    """The shape of every weight and moment, by its name in the parts: "weight/embed", "exp_avg/embed", .."""
     return {f"{kind}/{name}": tuple(p.shape) for kind in ("weight", *MOMENTS) for name, p in parameters.items()}
 
 
 def find_rows(parts: list[Path], shapes: dict[str, tuple[int, ...]]) -> dict[str, list[StoredRows]]:
-    """Where the rows of every tensor lie in the parts, ascending.
+    """Where the parts hold the rows of every tensor, in ascending order.
 
     Raises UserError, naming file and tensor, unless the parts hold every row of every tensor once, and nothing else.
     """
@@ -55,14 +56,12 @@ def find_rows(parts: list[Path], shapes: dict[str, tuple[int, ...]]) -> dict[str
             for key, entry in entries.items():
                 if key not in shapes:
                     raise UserError(f"{path}: {key[:100]!r} does not belong to this model")
-                shape, (begin, end) = shapes[key], entry["data_offsets"]
                 rows = re.fullmatch(r"(\d{1,18}):(\d{1,18}) of (\d{1,18})", metadata[key], re.ASCII)
                 first, last, total = map(int, rows.groups()) if rows else (0, 0, 0)
-                here = (last - first, *shape[1:])
-                sound = total == shape[0] and entry["dtype"] == "F32" and entry["shape"] == list(here)
-                if not sound or last <= first or end - begin != 4 * math.prod(here):
-                    raise UserError(f"{path}: {key} does not belong to this model, where it is {list(shape)}")
-                found[key].append(StoredRows(path, first, last, len(header) + begin, shape))
+                shape = [last - first, *shapes[key][1:]]
+                if last <= first or total != shapes[key][0] or (entry["dtype"], entry["shape"]) != ("F32", shape):
+                    raise UserError(f"{path}: {key} does not belong to this model, where it is {list(shapes[key])}")
+                found[key].append(StoredRows(path, first, last, len(header) + entry["data_offsets"][0], shapes[key]))
         except READ_ERRORS as error:
             raise UserError(f"{path} is damaged: {error}") from None
     for key, stored in found.items():
@@ -70,7 +69,7 @@ def find_rows(parts: list[Path], shapes: dict[str, tuple[int, ...]]) -> dict[str
         end = 0
         for s in stored:
             if s.first != end:
-                raise UserError(f"{s.path}: {key} begins with row {s.first}, where row {end} is due")
+                raise UserError(f"{s.path}: {key} begins with row {s.first}, not with row {end}")
             end = s.last
         if end != shapes[key][0]:
             raise UserError(f"{parts[0].parent if parts else 'state'} lacks {key}, rows {end} to {shapes[key][0] - 1}")
@@ -78,44 +77,42 @@ def find_rows(parts: list[Path], shapes: dict[str, tuple[int, ...]]) -> dict[str
 
 
 def read_rows(stored: list[StoredRows], wanted: slice) -> Iterator[tuple[int, Tensor]]:
-    """The wanted rows, in pieces: the number of the first and their values, float32 [rows, ..] on the CPU. Each piece
-    takes the memory of the one before."""
+    """The wanted rows in pieces of CHUNK_BYTES: the number of the first row and the values, float32 [rows, ..].
+
+    safetensors would memory-map them: a truncated file or a disk error is then a SIGBUS, not an OSError.
+    """
     for s in stored:
-        first, last, row_bytes = max(s.first, wanted.start), min(s.last, wanted.stop), 4 * math.prod(s.shape[1:])
-        if first >= last:
-            continue
-        memory = torch.empty(min(max(CHUNK_BYTES // row_bytes, 1), last - first), *s.shape[1:])
-        with s.path.open("rb") as file:
-            file.seek(s.offset + (first - s.first) * row_bytes)
-            while first < last:
-                values = memory[: last - first]
-                if file.readinto(values.view(torch.uint8).numpy()) < values.nbytes:
-                    raise OSError(f"{s.path} is shorter than it was")
-                yield first, values
-                first += len(values)
+        first, last, row_size = max(s.first, wanted.start), min(s.last, wanted.stop), math.prod(s.shape[1:])
+        piece = max(CHUNK_BYTES // (4 * row_size), 1)  # rows
+        for start in range(first, last, piece):
+            rows = min(piece, last - start)
+            offset = s.offset + 4 * row_size * (start - s.first)
+            values = np.fromfile(s.path, np.float32, rows * row_size, offset=offset)
+            if len(values) < rows * row_size:
+                raise OSError(f"{s.path} is shorter than it was")
+            yield start, torch.from_numpy(values).view(rows, *s.shape[1:])
 
 
 # Resuming
 
 
-def latest_valid_step(run: Path, ranks: Dist) -> int | None:
-    """The newest step whose checkpoint is whole, every checksum verified; None when there is none to resume from.
+def latest_valid_step(run: Path, dist: Dist) -> int | None:
+    """The newest step whose checkpoint passes verification, or None if the run has no checkpoint with state.
 
-    Says which damaged ones it passes over. Raises UserError when there are only such. All ranks must call this: they
-    share the work and get the same answer, for the list of steps is that of the first (network file systems may show
-    others an older one).
+    Prints each skipped checkpoint. Raises UserError if none is valid. All ranks must call this: they share the work
+    and get the same answer. The main rank lists the steps, because on a network file system others may see older ones.
     """
-    steps = json.loads(ranks.all_gather_str(json.dumps(steps_with_state(run) if ranks.is_main else None))[0])
-    damaged = []
+    steps = json.loads(dist.all_gather_str(json.dumps(steps_with_state(run) if dist.is_main else None))[0])
+    skipped = []
     for step in reversed(steps):
-        if not (found := verify_checkpoint(run / f"step{step}", ranks)):
-            for line in damaged:
-                ranks.print(f"{line}: going back to step {step}")
+        if not (errors := verify_checkpoint(run / f"step{step}", dist)):
+            for error in skipped:
+                dist.print(f"{error}: going back to step {step}")
             return step
-        damaged.append(found[0])
-    if damaged:
+        skipped.append(errors[0])
+    if skipped:
         raise UserError(
-            f"{damaged[0]}, and no older checkpoint of {run} is whole: put back a good copy, or choose another --out"
+            f"{skipped[0]}, and {run} has no older valid checkpoint: put back a good copy, or choose another --out"
         )
     return None
 
@@ -124,22 +121,21 @@ def restore(
     directory: Path,
     model: Pythia,
     optimizer: torch.optim.Optimizer,
-    ranks: Dist = Dist(),  # noqa: B008 (immutable)
+    dist: Dist = Dist(),  # noqa: B008 (immutable)
     verified: bool = False,
 ) -> dict:
-    """Load weights and moments, of which every rank takes its rows, into model and optimizer. Returns the counters.
+    """Load this rank's rows of weights and moments into model and optimizer. Returns the counters.
 
-    Every checksum is verified before, unless `verified` says that latest_valid_step has done so. Raises UserError,
-    before anything is changed, when a file is missing or damaged or belongs to another model. All ranks must call this.
+    Verifies the checkpoint first; verified=True says that latest_valid_step did. Raises UserError, before anything
+    changes, if a file is missing or damaged or belongs to another model. All ranks must call this.
     """
-    if not verified and (found := verify_checkpoint(directory, ranks)):
-        raise UserError(
-            f"{found[0]}: can not resume from it; remove {directory} to resume from the checkpoint before it"
-        )
+    if not verified and (errors := verify_checkpoint(directory, dist)):
+        raise UserError(f"{errors[0]}: cannot resume from it; remove {directory} to resume from an older checkpoint")
     files = read_manifest(directory)["files"]
     parts = [directory / name for name in files if name.startswith("state/") and name.endswith(".safetensors")]
     if not parts or COUNTERS not in files:
-        raise UserError(f"{directory} lacks {COUNTERS if parts else 'state'}: its model can be used, not resumed from")
+        missing = COUNTERS if parts else "state"
+        raise UserError(f"{directory} lacks {missing}: a run cannot resume from it, but its model can be used")
     counters = _read_counters(directory / COUNTERS)
     parameters = dict(model.named_parameters())
     stored = find_rows(parts, state_shapes(parameters))
@@ -150,9 +146,9 @@ def restore(
         for name, p in parameters.items():
             targets = {"weight": p}
             if adam_step:
-                targets |= {moment: torch.empty_like(p) for moment in MOMENTS}
-                moments = {moment: targets[moment] for moment in MOMENTS}
+                moments = {moment: torch.empty_like(p) for moment in MOMENTS}
                 optimizer.state[p].update(step=torch.tensor(adam_step, device=p.device), **moments)
+                targets |= moments
             rows = local_rows(p)
             for kind, target in targets.items():
                 for first, values in read_rows(stored[f"{kind}/{name}"], rows):
@@ -164,7 +160,7 @@ def _read_counters(path: Path) -> dict:
     try:
         counters = json.loads(path.read_bytes())
         adam_step = counters["adam_step"]
-        if type(adam_step) is not int or not 0 <= adam_step <= 2**24:  # a float32 counts no further
+        if type(adam_step) is not int or not 0 <= adam_step <= 2**24:  # larger integers are not exact in float32
             raise ValueError(f"adam_step is {str(adam_step)[:100]!r}")
     except READ_ERRORS as error:
         raise UserError(f"{path} is damaged: {error}") from None

@@ -1,13 +1,13 @@
-"""Checkpoints are written while training goes on, by all ranks side by side; any of it may fail or be killed.
+"""Saving: a background thread on every rank writes the checkpoint. Any stage can fail, and any process can be killed.
 
-    save(step)        notes what there is to save, and returns
-    a thread          copies this rank's rows to host memory; wait_for_snapshot() lets no update begin until then
-                      writes them as this rank's part
-                      writes this rank's share of the Hugging Face files, from everybody's parts
-                      the first rank: small files, manifest, the name stepN, "saved"; then old state is dropped
+    save(step)     notes the tensors to save and returns; the thread then goes through five stages:
+      copy         this rank's rows to host memory; wait_for_snapshot() holds back the next update until it is done
+      part         write these rows as this rank's part
+      model        write this rank's share of the Hugging Face files, read from the parts of all ranks
+      complete     rank 0: small files and manifest; rename the directory to stepN; print "saved"
+      old state    rank 0: remove the state of older checkpoints
 
-After each of these stages the ranks tell each other how it went, so that they go on, or give up, together. What a
-checkpoint looks like on disk is told in checkpoint.py.
+After each stage the ranks exchange their results: all go on, or all give up. manifest.py describes the files.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ import shutil
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 
@@ -26,7 +27,7 @@ from torch import Tensor
 from checkpoints.manifest import CHUNK_BYTES, COUNTERS, FORMAT, checksums, drop_old_state, write_manifest
 from checkpoints.resume import MOMENTS, find_rows, read_rows, state_shapes
 from model import Pythia
-from model.huggingface import huggingface_name, model_files, write_description, write_tensors
+from model.huggingface import Export, huggingface_name, model_files, write_description, write_tensors
 from parallel.fsdp import local, local_rows, saved_rows
 from runtime.errors import UserError
 from runtime.files import flush
@@ -34,10 +35,10 @@ from runtime.ranks import Dist
 
 
 class Saver:
-    """Writes the checkpoints of a run, one at a time, behind its back. All ranks make one and call it alike.
+    """Saves checkpoints in a background thread, one at a time. Every rank must make the same calls.
 
-    dtype and hidden_act are those of the Hugging Face files. Of the resumable states the `keep_state` newest are kept.
-    heartbeat(step, doing) is told, from the thread, whenever a stage begins: the same on all ranks.
+    The newest `keep_state` checkpoints keep their state. The thread calls heartbeat(step, doing) at the start of every
+    stage, on all ranks.
     """
 
     def __init__(
@@ -45,30 +46,30 @@ class Saver:
         run: Path,
         model: Pythia,
         optimizer: torch.optim.Optimizer,
-        ranks: Dist,
-        dtype: torch.dtype,
-        hidden_act: str = "gelu",
-        tokenizer: Path | None = None,
+        dist: Dist,
+        export: Export,
         keep_state: int = 2,
         heartbeat: Callable[[int, str], None] = lambda step, doing: None,
     ):
         run.mkdir(parents=True, exist_ok=True)
         self.run, self.config, self.optimizer = run, model.config, optimizer
-        self.dtype, self.hidden_act, self.tokenizer, self.keep_state = dtype, hidden_act, tokenizer, keep_state
-        self.ranks, self.heartbeat = ranks.with_own_group(), heartbeat
+        self.export, self.keep_state, self.heartbeat = export, keep_state, heartbeat
+        self.dist = dist.with_own_group()
         self.parameters = dict(model.named_parameters())
         self.rows = {name: saved_rows(p) for name, p in self.parameters.items()}
-        self.snapshot: dict[str, Tensor] = {}  # host memory for what this rank writes
-        self.stream = torch.cuda.Stream() if ranks.device.type == "cuda" else None
+        shapes = {huggingface_name(name): tuple(p.shape) for name, p in self.parameters.items()}
+        self.model_files = model_files(shapes, export.dtype)
+        self.snapshot: dict[str, Tensor] = {}  # host memory: the rows that this rank writes
+        self.stream = torch.cuda.Stream() if dist.device.type == "cuda" else None
         self.copied = Event()
         self.copied.set()
         self.thread: Thread | None = None
         self.error: BaseException | None = None
 
     def save(self, step: int, counters: dict) -> None:
-        """Begin to write RUN/stepN. counters (JSON) are handed back by restore.
+        """Start to write RUN/stepN; restore returns the counters, which must be JSON.
 
-        Waits for the checkpoint before, and raises its UserError when it failed.
+        Waits for the previous checkpoint, and raises its UserError if it failed.
         """
         self.finish()
         tensors, counters = self._tensors(), json.loads(json.dumps(counters))
@@ -79,7 +80,7 @@ class Saver:
         self.thread.start()
 
     def wait_for_snapshot(self) -> None:
-        """Return when weights and moments may change again. On a GPU it is the next kernel that waits, not the host."""
+        """Return when weights and moments may change again. On a GPU the next kernel waits, not the host."""
         self.copied.wait()
         if self.stream:
             torch.cuda.current_stream().wait_stream(self.stream)
@@ -90,12 +91,12 @@ class Saver:
         return None if self.error is None else str(self.error).partition("\n")[0]
 
     def wait(self) -> None:
-        """Wait for what is being written."""
+        """Wait for the checkpoint that is being written."""
         if self.thread:
             self.thread.join()
 
     def finish(self) -> None:
-        """Wait for what is being written. Raises UserError when it, or an earlier one, could not be saved."""
+        """Wait for the checkpoint that is being written. Raises UserError if it, or an earlier one, failed."""
         self.wait()
         if self.error:
             raise self.error
@@ -103,19 +104,22 @@ class Saver:
     # The snapshot
 
     def _tensors(self) -> dict[str, Tensor | None]:
-        """What this rank writes, by its name in the part, and Adam's steps. None is zero: before the first update."""
+        """The tensors that this rank saves, by their names in the part, and Adam's step counts ("steps").
+
+        None stands for zeros: the optimizer has no state before the first update.
+        """
         states = [self.optimizer.state.get(p, {}) for p in self.parameters.values()]
         steps = [state["step"] for state in states if state]
         tensors = {"steps": torch.stack(steps) if steps else None}
         for (name, p), state in zip(self.parameters.items(), states):
             rows, offset = self.rows[name], local_rows(p).start
             for kind, value in (("weight", p), *((moment, state.get(moment)) for moment in MOMENTS)):
-                here = None if value is None else local(value.detach())[rows.start - offset : rows.stop - offset]
-                tensors[f"{kind}/{name}"] = here
+                mine = None if value is None else local(value.detach())[rows.start - offset : rows.stop - offset]
+                tensors[f"{kind}/{name}"] = mine
         return tensors
 
     def _copy(self, tensors: dict[str, Tensor | None]) -> None:
-        """Fill the snapshot. Its memory is taken once, and on a GPU pinned, so that copying goes on beside kernels."""
+        """Copy the tensors to the snapshot. Its memory is allocated once; a GPU copies to it beside other kernels."""
         if not self.snapshot:
             shapes = {"steps": (len(self.parameters),)}
             for key, shape in state_shapes(self.parameters).items():
@@ -134,7 +138,7 @@ class Saver:
                     self.snapshot[key].copy_(tensor, non_blocking=True)
 
     def _pin(self, memory: Tensor) -> None:
-        """Keep memory where it is, for copies from a GPU. (torch's own pinned memory comes in powers of two.)"""
+        """Page-lock memory for copies from a GPU. (torch's pin_memory rounds up to a power of two.)"""
         cuda, address = torch.cuda.cudart(), memory.data_ptr()
         torch.cuda.check_error(int(cuda.cudaHostRegister(address, memory.nbytes, 0)))
         weakref.finalize(self, cuda.cudaHostUnregister, address)
@@ -144,72 +148,75 @@ class Saver:
     def _save(self, step: int, tensors: dict[str, Tensor | None], counters: dict) -> None:
         try:
             if self.stream:
-                torch.cuda.set_device(self.ranks.device)  # a thread begins with the first
+                torch.cuda.set_device(self.dist.device)  # a new thread starts with device 0
             self._write(step, tensors, counters)
-        except BaseException as error:  # raised by finish
+        except BaseException as error:  # finish() raises it
             self.error = error
         finally:
             self.copied.set()
 
     def _write(self, step: int, tensors: dict[str, Tensor | None], counters: dict) -> None:
-        final, temporary = self.run / f"step{step}", self.run / f".step{step}.tmp"
-        failed = f"{final} could not be saved, earlier checkpoints are whole"
+        final, temporary, files = self.run / f"step{step}", self.run / f".step{step}.tmp", {}
+        stages = {
+            "copying weights and moments": lambda: self._begin(final, temporary, tensors),
+            "writing weights and moments": lambda: self._write_part(temporary),
+            "writing the model": lambda: self._write_model(temporary, files),
+            "completing the checkpoint": lambda: self._complete(final, temporary, step, counters, files),
+        }
         try:
-            self.heartbeat(step, "copying weights and moments")
-            self._together(failed, lambda: self._begin(final, temporary, tensors))
-            self.heartbeat(step, "writing weights and moments")
-            files = self._together(failed, lambda: self._write_part(temporary))
-            self.heartbeat(step, "writing the model")
-            files |= self._together(failed, lambda: self._write_model(temporary, files))
-            self.heartbeat(step, "completing the checkpoint")
-            self._together(failed, lambda: self._publish(final, temporary, step, counters, files))
+            for doing, stage in stages.items():
+                self.heartbeat(step, doing)
+                files |= self._together(stage, f"{final} could not be saved, earlier checkpoints are whole")
         except UserError:
-            if self.ranks.is_main:
+            if self.dist.is_main:
                 _give_up(final, temporary)
             raise
-        self.ranks.print(f"saved {final}")
+        self.dist.print(f"saved {final}")
         self.heartbeat(step, "dropping older state")
-        self._together(f"{final} is saved, but older state can not be removed", lambda: self._drop_old_state(step))
+        drop = partial(drop_old_state, self.run, step, self.keep_state) if self.dist.is_main else dict
+        self._together(drop, f"{final} is saved, but older state cannot be removed")
 
-    def _together(self, complaint: str, do: Callable[[], dict | None]) -> dict:
-        """Do this rank's share and wait for the others'. Returns what all returned; UserError on all if any failed."""
-        mine = {"done": {}, "failed": None}
+    def _together(self, stage: Callable[[], dict | None], complaint: str) -> dict:
+        """Run a stage on all ranks. Returns their results, merged; raises UserError on all if one failed."""
+        result, failure = None, None
         try:
-            mine["done"] = do() or {}
+            result = stage()
         except UserError as error:
-            mine["failed"] = str(error)
+            failure = str(error)
         except Exception as error:
             reason = repr(error)
             if isinstance(error, OSError):
                 reason = f"{error.strerror or error}" + f" ({error.filename})" * bool(error.filename)
-            where = f"rank {self.ranks.rank}: " if self.ranks.world_size > 1 else ""
-            mine["failed"] = f"{complaint}: {where}{reason}"
-        all_ranks = [json.loads(text) for text in self.ranks.all_gather_str(json.dumps(mine))]
-        for other in all_ranks:
-            if other["failed"]:
-                raise UserError(other["failed"])
-        return {key: value for other in all_ranks for key, value in other["done"].items()}
+            where = f"rank {self.dist.rank}: " if self.dist.world_size > 1 else ""
+            failure = f"{complaint}: {where}{reason}"
+        outcomes = [json.loads(text) for text in self.dist.all_gather_str(json.dumps([result or {}, failure]))]
+        for _, failure in outcomes:
+            if failure:
+                raise UserError(failure)
+        return {file: entry for result, _ in outcomes for file, entry in result.items()}
 
     def _begin(self, final: Path, temporary: Path, tensors: dict[str, Tensor | None]) -> None:
+        """Take the snapshot, check the free space, and create the temporary directory."""
         self._copy(tensors)
         self.copied.set()
-        if not self.ranks.is_main:
+        if not self.dist.is_main:
             return
-        needed = self.config.parameters * (self.dtype.itemsize + 3 * 4) + 2**24  # weights twice, moments, small files
+        needed = self.config.parameters * (self.export.dtype.itemsize + 3 * 4)  # bytes: the model; weights and moments
+        needed += 2**24  # small files
         if (free := shutil.disk_usage(self.run).free) < needed:
             raise UserError(
                 f"no room for {final}: it needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
-                f"nothing was written, make room and run the same line again"
+                f"nothing was written, make room and run the same command again"
             )
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()  # in a run that is still there: a file system that is gone must not be made anew elsewhere
+        temporary.mkdir()  # no parents=True: if the file system was unmounted, fail instead of writing elsewhere
         (temporary / "state").mkdir()
 
     def _write_part(self, temporary: Path) -> dict:
         """Write this rank's part. Returns its entry in the manifest."""
         if self.stream:
             self.stream.synchronize()
-        file = f"state/part-{self.ranks.rank + 1:05}-of-{self.ranks.world_size:05}.safetensors"
+        file = f"state/part-{self.dist.rank + 1:05}-of-{self.dist.world_size:05}.safetensors"
         shapes, notes = {}, {}
         for key, shape in state_shapes(self.parameters).items():
             rows = self.rows[key.partition("/")[2]]
@@ -224,9 +231,8 @@ class Saver:
         return {file: write_tensors(temporary / file, torch.float32, shapes, pieces, notes)}
 
     def _write_model(self, temporary: Path, parts: dict) -> dict:
-        """Write this rank's share of the Hugging Face files: what the parts hold. Returns their manifest entries."""
-        files = self._model_files()
-        mine = list(files)[self.ranks.rank :: self.ranks.world_size]
+        """Write this rank's share of the Hugging Face files from the parts. Returns their entries in the manifest."""
+        mine = list(self.model_files)[self.dist.rank :: self.dist.world_size]
         if not mine:
             return {}
         stored = find_rows([temporary / file for file in parts], state_shapes(self.parameters))
@@ -237,28 +243,24 @@ class Saver:
                 digest = hashlib.sha256()
                 for _, values in read_rows([s], slice(s.first, s.last)):
                     digest.update(values.view(torch.uint8).numpy())
-                    yield values.to(self.dtype)
+                    yield values.to(self.export.dtype)
                 if digest.hexdigest() != parts[f"state/{s.path.name}"]["tensors"][keys[name]]:
-                    raise OSError(f"{s.path} was read back otherwise than it was written")
+                    raise OSError(f"{s.path} does not contain the bytes that were written: the disk may be failing")
 
         entries = {}
         for file in mine:
-            shapes = {name: stored[keys[name]][0].shape for name in files[file]}
-            entries[file] = write_tensors(temporary / file, self.dtype, shapes, pieces)
+            shapes = {name: stored[keys[name]][0].shape for name in self.model_files[file]}
+            entries[file] = write_tensors(temporary / file, self.export.dtype, shapes, pieces)
         return entries
 
-    def _model_files(self) -> dict[str, list[str]]:
-        shapes = {huggingface_name(name): tuple(p.shape) for name, p in self.parameters.items()}
-        return model_files(shapes, self.dtype)
-
-    def _publish(self, final: Path, temporary: Path, step: int, counters: dict, files: dict) -> None:
-        """Add the small files and the manifest, and give the checkpoint its name."""
+    def _complete(self, final: Path, temporary: Path, step: int, counters: dict, files: dict) -> None:
+        """Write the small files and the manifest, and rename the directory."""
         adam_steps = set(self.snapshot["steps"].tolist())
         if len(adam_steps) > 1:
             raise RuntimeError(f"parameters disagree on Adam's step: {adam_steps}")
-        if not self.ranks.is_main:
+        if not self.dist.is_main:
             return
-        write_description(temporary, self.config, self.dtype, self.hidden_act, self.tokenizer, self._model_files())
+        write_description(temporary, self.config, self.export, self.model_files)
         counters = {**counters, "adam_step": int(adam_steps.pop())}
         (temporary / COUNTERS).write_text(json.dumps(counters) + "\n")
         for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
@@ -267,15 +269,11 @@ class Saver:
                 files[name] = checksums(path)
         flush(temporary / "state")
         write_manifest(temporary, {"format": FORMAT, "step": step, "files": dict(sorted(files.items()))})
-        if final.exists():  # the same step saved again
+        if final.exists():  # the same step is saved again
             final.rename(_aside(final))
         temporary.rename(final)
         flush(self.run)
         shutil.rmtree(_aside(final), ignore_errors=True)
-
-    def _drop_old_state(self, step: int) -> None:
-        if self.ranks.is_main:
-            drop_old_state(self.run, step, self.keep_state)
 
 
 def _aside(final: Path) -> Path:
@@ -283,9 +281,9 @@ def _aside(final: Path) -> Path:
 
 
 def _give_up(final: Path, temporary: Path) -> None:
-    """Leave the run as it was before a checkpoint that could not be saved."""
+    """Undo an unfinished save. What a failing disk refuses now, clean_up does at the next start."""
     shutil.rmtree(temporary, ignore_errors=True)
-    with suppress(OSError):  # of a disk that fails; clean_up tries again at the next start
+    with suppress(OSError):
         if (aside := _aside(final)).exists() and not final.exists():
             aside.rename(final)
         shutil.rmtree(aside, ignore_errors=True)

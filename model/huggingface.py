@@ -1,4 +1,4 @@
-"""Hugging Face directories of GPT-NeoX, both ways: config.json and safetensors that transformers opens as they are."""
+"""Read and write Hugging Face directories of GPT-NeoX: config.json and safetensors, as transformers opens them."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from shutil import copyfile
 
@@ -35,11 +35,24 @@ _BUFFERS = re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rota
 _GELU = {"gelu": "none", "gelu_new": "tanh", "gelu_fast": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 _DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
-SHARD_BYTES = 5_000_000_000  # of one safetensors file, as transformers 4 cuts them
+SHARD_BYTES = 5_000_000_000  # limit of one safetensors file, the default of transformers 4
+
+
+@dataclass(frozen=True)
+class Export:
+    """How a model is written as a Hugging Face directory.
+
+    hidden_act is "gelu" as in the published files or "gelu_pytorch_tanh" as trained: it tells the reader what to
+    compute and changes no weight. tokenizer is the tokenizer.json to copy.
+    """
+
+    dtype: torch.dtype
+    hidden_act: str = "gelu"
+    tokenizer: Path | None = None
 
 
 def huggingface_name(name: str) -> str:
-    """The name on disk of a parameter: "blocks.3.mlp_in.bias" is "gpt_neox.layers.3.mlp.dense_h_to_4h.bias"."""
+    """The Hugging Face name of a parameter: "gpt_neox.layers.3.mlp.dense_h_to_4h.bias" for "blocks.3.mlp_in.bias"."""
     if match := re.fullmatch(r"blocks\.(\d+)\.(\w+)\.(\w+)", name):
         layer, module, kind = match.groups()
         return f"{_NAMES[module].format(layer)}.{kind}"
@@ -48,7 +61,7 @@ def huggingface_name(name: str) -> str:
 
 
 def published_config(config: Config, dtype: torch.dtype, hidden_act: str) -> dict:
-    """config.json with both spellings of the rotary and dtype keys, those of transformers 4 and of 5."""
+    """The content of config.json. Rotary and dtype keys are there twice: as transformers 4 and 5 spell them."""
     return {
         "architectures": ["GPTNeoXForCausalLM"],
         "model_type": "gpt_neox",
@@ -79,7 +92,7 @@ def published_config(config: Config, dtype: torch.dtype, hidden_act: str) -> dic
 
 
 def shard(sizes: dict[str, int], limit: int = SHARD_BYTES) -> list[list[str]]:
-    """Group names, in order, into shards of at most `limit` bytes (a larger tensor gets a shard of its own)."""
+    """Group tensor names, in order, into shards of at most `limit` bytes; a larger tensor gets its own shard."""
     shards: list[list[str]] = [[]]
     used = 0
     for name, size in sizes.items():
@@ -98,18 +111,18 @@ def write_tensors(
     pieces: Callable[[str], Iterable[Tensor]],
     notes: dict[str, str] | None = None,
 ) -> dict:
-    """Write a safetensors file piece by piece, to the byte as the safetensors library would, and have it on the disk.
+    """Write a safetensors file piece by piece and flush it to disk. Returns its checksums, as checksums(path) would.
 
-    pieces(name) yields the values of a tensor, in order, as CPU tensors of `dtype`; no two are in memory at once. The
-    notes join the header's metadata. Returns the file's size and the sha256 of its header and of every tensor. Raises
-    OSError when the file can not be written.
+    The library's writer needs all tensors in memory at once; this one writes the same bytes from the pieces.
+    pieces(name) yields the values of a tensor in order, as CPU tensors of `dtype`. The notes join the header's
+    metadata. Raises OSError.
     """
     layout, end = {"__metadata__": {"format": "pt", **(notes or {})}}, 0
     for name in sorted(shapes):
         begin, end = end, end + math.prod(shapes[name]) * dtype.itemsize
         layout[name] = {"dtype": _DTYPES[dtype], "shape": list(shapes[name]), "data_offsets": [begin, end]}
     text = json.dumps(layout, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8 bytes
     header = len(text).to_bytes(8, "little") + text
     tensors = {}
     with path.open("wb") as file:
@@ -127,33 +140,26 @@ def write_tensors(
 
 
 def model_files(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, list[str]]:
-    """The safetensors files of a model, and the names of the tensors in each: one file, or shards of 5 GB."""
+    """The safetensors files of a model and the tensor names in each: one file, or shards of SHARD_BYTES."""
     shards = shard({name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()})
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}
     return {f"model-{i + 1:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards)}
 
 
-def write_description(
-    directory: Path,
-    config: Config,
-    dtype: torch.dtype,
-    hidden_act: str,
-    tokenizer: Path | None,
-    files: dict[str, list[str]],
-) -> None:
-    """Write what stands beside the weights: config.json, the tokenizer, if given, and the index of several files."""
-    published = published_config(config, dtype, hidden_act)
+def write_description(directory: Path, config: Config, export: Export, files: dict[str, list[str]]) -> None:
+    """Write config.json, the tokenizer if given, and the index of several files. `files` comes from model_files."""
+    published = published_config(config, export.dtype, export.hidden_act)
     (directory / "config.json").write_text(json.dumps(published, indent=2) + "\n")
-    if tokenizer is not None:
-        copyfile(tokenizer, directory / "tokenizer.json")
+    if export.tokenizer is not None:
+        copyfile(export.tokenizer, directory / "tokenizer.json")
         special = "<|endoftext|>"
         names = {"bos_token": special, "eos_token": special, "unk_token": special}
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.seq_len, **names}
         (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     if len(files) > 1:
         weight_map = {name: file for file, names in files.items() for name in names}
-        index = {"metadata": {"total_size": config.parameters * dtype.itemsize}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": config.parameters * export.dtype.itemsize}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -164,52 +170,30 @@ def save(
     hidden_act: str = "gelu",
     tokenizer: Path | None = None,
 ) -> None:
-    """Write config.json, model.safetensors (in shards of 5 GB with an index when larger) and the tokenizer, if given.
-
-    hidden_act is "gelu" as in the published files or "gelu_pytorch_tanh" as trained; it names what the reader should
-    compute and changes no weight. Raises OSError when the directory can not be written.
-    """
+    """Write a model as a Hugging Face directory; the options are those of Export. Raises OSError."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     parameters = {huggingface_name(name): p.detach() for name, p in model.named_parameters()}
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     files = model_files(shapes, dtype)
-    write_description(directory, model.config, dtype, hidden_act, tokenizer, files)
+    write_description(directory, model.config, Export(dtype, hidden_act, tokenizer), files)
     for file, names in files.items():
-        held = {name: shapes[name] for name in names}
-        write_tensors(directory / file, dtype, held, lambda name: [parameters[name].to("cpu", dtype)])
+        file_shapes = {name: shapes[name] for name in names}
+        write_tensors(directory / file, dtype, file_shapes, lambda name: [parameters[name].to("cpu", dtype)])
 
 
 def read_config(directory: Path | str) -> Config:
-    """The Config of a Hugging Face directory. Raises UserError when there is none, or not of a GPT-NeoX of our kind."""
+    """The Config of a Hugging Face directory. Raises UserError unless it holds a GPT-NeoX that Pythia can compute."""
     path = Path(directory) / "config.json"
-    try:
-        stored = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{directory} holds no config.json: not a model directory") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} can not be read: {error}") from None
-    if not isinstance(stored, dict) or stored.get("model_type") != "gpt_neox":
-        raise UserError(f"{path} does not describe a gpt_neox model")
+    stored = _read_supported(path)
 
     def number(key: str, kind: type = int, default: float | None = None, most: float = 2**24) -> float:
         value = stored.get(key, default)
-        sound = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= most
-        if not sound or value != kind(value):
+        valid = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= most
+        if not valid or value != kind(value):
             raise UserError(f"{path}: {key} must be a positive {kind.__name__}, at most {most:g}, not {value!r}")
         return kind(value)
 
-    rope = stored.get("rope_parameters") or stored.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{path}: rope_parameters must be an object, not {rope!r}")
-    if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
-        raise UserError(f"{path}: rotary embedding of type {rope_type!r} is not supported")
-    if stored.get("tie_word_embeddings") or stored.get("attention_bias") is False:
-        raise UserError(f"{path}: tied embeddings and attention without bias are not supported")
-    if stored.get("hidden_act", "gelu") not in list(_GELU):  # a list has no hash
-        raise UserError(f"{path}: hidden_act must be one of {', '.join(_GELU)}, not {stored['hidden_act']!r}")
-    stored.setdefault("rotary_emb_base", rope.get("rope_theta", 10_000))
-    stored.setdefault("rotary_pct", rope.get("partial_rotary_factor", 0.25))
     config = Config(
         name=Path(directory).resolve().name,
         layers=number("num_hidden_layers", most=1000),
@@ -226,49 +210,71 @@ def read_config(directory: Path | str) -> Config:
     )
     if config.hidden % config.heads or config.ffn != stored["intermediate_size"] or config.rotary_dim % 2:
         raise UserError(f"{path}: hidden_size, num_attention_heads, intermediate_size and rotary_pct do not fit")
-    for size in SIZES.values():  # keep the recipe of a size of the suite
-        if all(
-            getattr(size, f.name) == getattr(config, f.name)
-            for f in fields(Config)
-            if f.name not in ("name", "lr", "init", "precision", "paper", "gelu")
-        ):
+    recipe = ("name", "lr", "init", "precision", "paper", "gelu")  # config.json does not say how a model is trained
+    shape = [f.name for f in fields(Config) if f.name not in recipe]
+    for size in SIZES.values():
+        if all(getattr(size, name) == getattr(config, name) for name in shape):
             return replace(size, gelu=config.gelu)
     return config
 
 
-def load(directory: Path | str, dtype: torch.dtype = torch.float32) -> Pythia:
-    """A Pythia on the CPU from a Hugging Face directory, its weights cast to dtype and its GELU as config.json says.
+def _read_supported(path: Path) -> dict:
+    """The content of config.json, its rotary keys in the spelling of transformers 4. Raises UserError."""
+    try:
+        stored = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} has no config.json: it is not a model directory") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(stored, dict) or stored.get("model_type") != "gpt_neox":
+        raise UserError(f"{path} does not describe a gpt_neox model")
+    rope = stored.get("rope_parameters") or stored.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: rope_parameters must be an object, not {rope!r}")
+    if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
+        raise UserError(f"{path}: rotary embedding of type {rope_type!r} is not supported")
+    if stored.get("tie_word_embeddings") or stored.get("attention_bias") is False:
+        raise UserError(f"{path}: tied embeddings and attention without bias are not supported")
+    if stored.get("hidden_act", "gelu") not in list(_GELU):  # `in dict` would need a hash, which a list lacks
+        raise UserError(f"{path}: hidden_act must be one of {', '.join(_GELU)}, not {stored['hidden_act']!r}")
+    stored.setdefault("rotary_emb_base", rope.get("rope_theta", 10_000))
+    stored.setdefault("rotary_pct", rope.get("partial_rotary_factor", 0.25))
+    return stored
 
-    Raises UserError when a file is missing or damaged, or tensors do not fit the configuration. Nothing is unpickled.
+
+def load(directory: Path | str, dtype: torch.dtype = torch.float32) -> Pythia:
+    """Load a Pythia on the CPU from a Hugging Face directory, cast to dtype. config.json selects its GELU.
+
+    Raises UserError if a file is missing or damaged, or if tensors do not match config.json. Never unpickles.
     """
     with torch.device("meta"):
         model = Pythia(read_config(directory))
-    weights = {
-        name: tensor.to(dtype, copy=True) for name, tensor in read_weights(directory, model)
-    }  # no view on a file
+    weights = {}
+    for name, tensor in read_weights(directory, model):
+        weights[name] = tensor.to(dtype, copy=True)  # a copy, because the stored tensor is a view on the file
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(True)
 
 
 def read_weights(directory: Path | str, model: Pythia) -> Iterator[tuple[str, Tensor]]:
-    """Name and stored value of every parameter of a model, one at a time, from a Hugging Face directory.
+    """Yield the name and stored value of every parameter of a model from a Hugging Face directory.
 
-    Raises UserError as load does; that something is missing is known at the end.
+    Raises UserError like load; missing parameters are reported after the last one.
     """
     directory = Path(directory)
     ours = {huggingface_name(name): (name, p.shape) for name, p in model.named_parameters()}
     for file, name, tensor in _tensors(directory):
         if _BUFFERS.fullmatch(name):
             continue
-        # transformers 5 calls the unembedding lm_head in memory; files of other writers may keep that name
+        # transformers 5 calls the unembedding lm_head in memory, and other programs may write that name to files
         name = "embed_out.weight" if name == "lm_head.weight" else name
         if name not in ours:
-            raise UserError(f"{file} holds {name}, which a GPT-NeoX of this configuration does not have, or twice")
+            raise UserError(f"{file} holds {name}, which is unknown to a GPT-NeoX of this config.json or stored twice")
         our_name, shape = ours.pop(name)
         if not tensor.is_floating_point():
-            raise UserError(f"{file}: {name} holds {tensor.dtype}, not floating-point numbers")
+            raise UserError(f"{file}: {name} has dtype {tensor.dtype}, which is not floating-point")
         if tensor.shape != shape:
-            raise UserError(f"{file}: {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
+            raise UserError(f"{file}: {name} has shape {list(tensor.shape)}, not {list(shape)} as in config.json")
         yield our_name, tensor
     if missing := list(ours):
         raise UserError(f"{directory} lacks {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
@@ -281,7 +287,7 @@ def _tensors(directory: Path) -> Iterator[tuple[Path, str, Tensor]]:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             outside = any(Path(name).name != name for name in names)
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise UserError(f"{index} can not be read: {error!r}") from None
+            raise UserError(f"{index} cannot be read: {error!r}") from None
         if outside:
             raise UserError(f"{index} names a file outside its directory")
         files = [directory / name for name in names]
@@ -290,7 +296,7 @@ def _tensors(directory: Path) -> Iterator[tuple[Path, str, Tensor]]:
     for file in files:
         if not os.path.exists(file):  # noqa: PTH110 (Path.exists raises on a name that is too long)
             pickled = (directory / "pytorch_model.bin").exists()
-            hint = "; pytorch_model.bin is a pickle and is never read: convert it to safetensors" if pickled else ""
+            hint = "; pytorch_model.bin is a pickle, which is never read: convert it to safetensors" if pickled else ""
             raise UserError(f"{file} does not exist{hint}")
         try:
             with safe_open(file, framework="pt") as tensors:

@@ -1,5 +1,5 @@
-"""Saving behind the back of training: what is saved is what was there at the call; disks fail, processes are killed at
-every write, and what is visible stays whole."""
+"""Saving in the background: a checkpoint holds the state at the call of save. When disks fail or processes are killed
+at any write, visible checkpoints stay valid."""
 
 import errno
 import json
@@ -22,29 +22,30 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from test_checkpoint import COUNTERS, MANIFEST, MICRO, MODEL, TINY, Trainee, two_checkpoints
+from trainee import COUNTERS, MANIFEST, MICRO, MODEL, TINY, Trainee, two_checkpoints
 
-from checkpoints import manifest
+from checkpoints import manifest, resume
 from checkpoints import save as save_module
 from checkpoints.manifest import clean_up, saved_steps, steps_with_state, verify_checkpoint
 from checkpoints.resume import latest_valid_step
 from checkpoints.save import Saver
 from model import huggingface
+from runtime import files
 from runtime.errors import UserError
 from runtime.ranks import Dist
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Small models are faster so, most of all on a busy machine."""
+    """Small models are faster with one thread, above all on a busy machine."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Tests work on copies."""
+    """A run with two checkpoints. Tests change copies of it."""
     return two_checkpoints(tmp_path_factory.mktemp("saved"))
 
 
@@ -58,7 +59,7 @@ def temporaries(run):
 
 
 def restored(directory):
-    """Every bit of what is saved there."""
+    """All bits that the checkpoint holds."""
     trainee = Trainee(seed=1)
     trainee.restore(directory)
     return trainee.bits()
@@ -68,21 +69,21 @@ def restored(directory):
 
 
 def test_model_files_of_many_shards(tmp_path, monkeypatch):
-    """A small limit cuts the model into many files, which two ranks share; what is read back does not depend on it."""
+    """With a small limit, two ranks write many files. What is read back does not depend on the limit."""
     original, limit = Trainee(steps=2), 4000
     monkeypatch.setattr(huggingface.shard, "__defaults__", (limit,))
     directory = original.save(tmp_path, 2, torch.float32, world=2)
     monkeypatch.undo()
-    files = sorted(directory.glob("model-*.safetensors"))
-    assert len(files) > 3
-    for i, file in enumerate(files):
-        assert file.name.endswith(f"-{i + 1:05}-of-{len(files):05}.safetensors")
+    shards = sorted(directory.glob("model-*.safetensors"))
+    assert len(shards) > 3
+    for i, file in enumerate(shards):
+        assert file.name.endswith(f"-{i + 1:05}-of-{len(shards):05}.safetensors")
         tensors = load_file(file)
         assert len(tensors) == 1 or sum(4 * t.numel() for t in tensors.values()) <= limit
     index = json.loads((directory / "model.safetensors.index.json").read_text())
     assert not (directory / MODEL).exists()
     assert index["metadata"]["total_size"] == 4 * MICRO.parameters
-    assert index["weight_map"] == {name: file.name for file in files for name in load_file(file)}
+    assert index["weight_map"] == {name: file.name for file in shards for name in load_file(file)}
     assert verify_checkpoint(directory) == []
 
     theirs = transformers.GPTNeoXForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -91,14 +92,14 @@ def test_model_files_of_many_shards(tmp_path, monkeypatch):
     assert found.keys() == ours.keys()
     assert all(torch.equal(found[name], p) for name, p in ours.items())
     assert restored(directory) == original.bits()
-    again = original.save(tmp_path, 2, torch.float32)  # under the usual limit, and over the old shards
+    again = original.save(tmp_path, 2, torch.float32)  # with the usual limit; it replaces the old shards
     assert [path.name for path in sorted(again.rglob("*.safetensors"))] == [MODEL, "part-00001-of-00001.safetensors"]
     assert restored(again) == original.bits()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_checkpoints_hold_what_an_export_holds(tmp_path, dtype):
-    """The files are the same to the byte, however many ranks wrote them."""
+    """The bytes of the files do not depend on the number of ranks that wrote them."""
     trainee = Trainee(TINY, steps=2)
     huggingface.save(trainee.model, tmp_path / "export", dtype)
     for world in (1, 2):
@@ -108,12 +109,13 @@ def test_checkpoints_hold_what_an_export_holds(tmp_path, dtype):
 
 
 def test_pieces(tmp_path, monkeypatch):
-    """Tensors that are cut into many pieces, and rows that are larger than a piece, are what they were."""
+    """The files do not depend on the size of the pieces, even if a row is larger than a piece."""
     trainee = Trainee(steps=2)
     expected = trainee.save(tmp_path / "whole", 2, world=2)
     for size in (1, 100, 1000):
         monkeypatch.setattr(save_module, "CHUNK_BYTES", size)
-        monkeypatch.setattr(manifest, "CHUNK_BYTES", size)
+        for module in (manifest, resume):
+            monkeypatch.setattr(module, "CHUNK_BYTES", size)
         directory = trainee.save(tmp_path / f"{size}", 2, world=2)
         assert (directory / MANIFEST).read_bytes() == (expected / MANIFEST).read_bytes()
         assert restored(directory) == trainee.bits()
@@ -121,10 +123,12 @@ def test_pieces(tmp_path, monkeypatch):
 
 def test_saving_a_step_again_replaces_it_whole(run):
     newer = Trainee(steps=7, seed=3)
-    newer.save(run, 2)  # without tokenizer: nothing of the old directory may stay
-    files = sorted(path.relative_to(run / "step2").as_posix() for path in (run / "step2").rglob("*") if path.is_file())
+    newer.save(run, 2)  # without tokenizer: no old file may stay
+    present = sorted(
+        path.relative_to(run / "step2").as_posix() for path in (run / "step2").rglob("*") if path.is_file()
+    )
     part = "state/part-00001-of-00001.safetensors"
-    assert files == sorted(["config.json", MANIFEST, MODEL, "state/counters.json", part])
+    assert present == sorted(["config.json", MANIFEST, MODEL, "state/counters.json", part])
     assert restored(run / "step2") == newer.bits()
     assert verify_checkpoint(run / "step1") == []
     assert temporaries(run) == []
@@ -147,8 +151,8 @@ def test_only_the_newest_keep_their_state(tmp_path):
     assert temporaries(tmp_path) == []
 
 
-def test_neither_the_future_nor_the_damaged_push_out_a_whole_one(tmp_path):
-    """A run that went back behind damaged checkpoints saves steps that it has saved before, in another life."""
+def test_only_valid_older_checkpoints_count_toward_keep_state(tmp_path):
+    """A run that fell back from damaged checkpoints saves steps that were saved before it fell back."""
     trainee = Trainee()
     for step in (4, 5, 8, 16, 32):
         trainee.save(tmp_path, step, keep_state=9)
@@ -168,7 +172,7 @@ def test_a_damaged_older_checkpoint_does_not_stop_a_save(run, text):
     assert verify_checkpoint(run / "step2") == []
 
 
-def test_state_that_somebody_removed_does_not_stop_a_save(run):
+def test_missing_state_does_not_stop_a_save(run):
     shutil.rmtree(run / "step1" / "state")
     Trainee(steps=3).save(run, 3, keep_state=1)
     assert steps_with_state(run) == [3]
@@ -188,7 +192,7 @@ def test_permissions_follow_the_umask(tmp_path):
             assert stat.S_IMODE(path.stat().st_mode) == (0o777 if path.is_dir() else 0o666) & ~mask, path
 
 
-def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch, capsys):
+def test_everything_is_flushed_before_the_directory_is_renamed(tmp_path, monkeypatch, capsys):
     """Otherwise a power failure leaves a checkpoint of the right name with empty files."""
     flushed, named, fsync, rename = set(), [], os.fsync, Path.rename
 
@@ -211,12 +215,12 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch
     assert capsys.readouterr().out == f"saved {tmp_path / 'step1'}\n"
 
 
-# Behind the back of training
+# In the background
 
 
 @pytest.fixture
 def gate(monkeypatch):
-    """An open gate that write_tensors goes through when it begins."""
+    """write_tensors waits until the test sets this event."""
     event, original = Event(), save_module.write_tensors
     monkeypatch.setattr(save_module, "write_tensors", lambda *args: event.wait(60) and original(*args))
     yield event
@@ -224,7 +228,7 @@ def gate(monkeypatch):
 
 
 @pytest.mark.parametrize("steps", [0, 3])
-def test_what_is_saved_is_what_was_there_at_the_call(tmp_path, gate, steps):
+def test_a_checkpoint_holds_the_state_at_the_call(tmp_path, gate, steps):
     trainee = Trainee(steps=steps)
     expected = trainee.bits()
     (saver,) = trainee.savers(tmp_path)
@@ -235,7 +239,7 @@ def test_what_is_saved_is_what_was_there_at_the_call(tmp_path, gate, steps):
         saver.wait_for_snapshot()
         trainee.train(step, step + 1)
     assert trainee.bits() != expected
-    assert saved_steps(tmp_path) == []  # nothing was written before, nor waited for
+    assert saved_steps(tmp_path) == []  # training did not wait for any write
     assert saver.failure is None
     gate.set()
     saver.finish()
@@ -299,7 +303,7 @@ def test_the_snapshot_takes_its_memory_once(tmp_path):
 
 
 def assert_failed(trainee, run, step, *words, world=1):
-    """Saving fails on all ranks with one and the same line, now and when asked again, and nobody hangs."""
+    """Saving fails on all ranks with the same line, now and at the next call, and no rank hangs."""
     savers = trainee.savers(run, world)
     for saver in savers:
         saver.save(step, COUNTERS)
@@ -329,13 +333,13 @@ def test_full_disk_is_noticed_before_writing(run, monkeypatch):
 
 @contextmanager
 def small_disk(path):
-    """A disk of one megabyte. Only root may mount one, and not in every container."""
+    """A disk of one megabyte. Mounting it needs root, and some containers forbid it."""
     path.mkdir()
     if os.getuid() != 0 or not shutil.which("mount"):
         pytest.skip("mounting a small disk needs root")
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", path], capture_output=True, text=True)
     if done.returncode:
-        pytest.skip(f"a small disk can not be mounted here: {done.stderr.strip()}")
+        pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
     try:
         yield path
     finally:
@@ -344,10 +348,10 @@ def small_disk(path):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_disk_that_runs_full(tmp_path, monkeypatch, world):
-    """A real disk fills up while a checkpoint is written, at every place: the one before stays whole."""
+    """A real disk fills up at every point of a save: the earlier checkpoint stays valid."""
     trainee = Trainee(steps=1)
     with small_disk(tmp_path / "disk") as run:
-        # The disk claims to have room, as it does when somebody else fills it at the same time.
+        # The disk reports enough room, as when another program fills it at the same time.
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**40))
         trainee.save(run, 1)
         failed = 0
@@ -378,7 +382,7 @@ def test_a_disk_that_runs_full(tmp_path, monkeypatch, world):
         assert temporaries(run) == []
 
 
-def test_a_disk_that_can_not_be_written(tmp_path, monkeypatch):
+def test_a_read_only_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**40))
     trainee = Trainee(steps=1)
     if os.getuid() != 0:
@@ -390,7 +394,7 @@ def test_a_disk_that_can_not_be_written(tmp_path, monkeypatch):
             tmp_path.chmod(0o755)
         assert saved_steps(tmp_path) == [1]
         return
-    with small_disk(tmp_path / "disk") as run:  # root may write everywhere but here
+    with small_disk(tmp_path / "disk") as run:  # root may write to a read-only directory, but not to a read-only mount
         trainee.save(run, 1)
         subprocess.run(["mount", "-o", "remount,ro", run], check=True)
         assert_failed(trainee, run, 2, "Read-only file system")
@@ -410,7 +414,7 @@ def test_files_of_limited_size(run):
 
 
 def test_a_run_directory_that_is_gone(tmp_path):
-    """It is not made anew: where a disk is not mounted any more, another one would fill up."""
+    """It is not created again: if its disk was unmounted, another disk would fill up."""
     (saver,) = Trainee().savers(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     saver.save(1, COUNTERS)
@@ -419,8 +423,8 @@ def test_a_run_directory_that_is_gone(tmp_path):
     assert not (tmp_path / "gone").exists()
 
 
-def test_a_part_that_is_read_back_otherwise(run, monkeypatch):
-    """The model is made from the parts on disk: a bit that flips there must not become a model with right checksums."""
+def test_a_part_that_changes_on_disk_during_a_save(run, monkeypatch):
+    """The model is written from the parts on disk. A flipped bit there must not end in a model with right checksums."""
     original = save_module.find_rows
 
     def find_damaged_rows(parts, shapes):
@@ -437,14 +441,14 @@ def test_a_part_that_is_read_back_otherwise(run, monkeypatch):
     assert temporaries(run) == []
 
 
-def test_an_error_of_our_own_does_not_leave_others_waiting(run, monkeypatch):
+def test_an_unexpected_error_on_one_rank_ends_all(run, monkeypatch):
     monkeypatch.setattr(save_module, "find_rows", lambda *_: 1 / 0)
     assert_failed(Trainee(steps=3), run, 3, "ZeroDivisionError", world=2)
     assert saved_steps(run) == [1, 2]
     assert temporaries(run) == []
 
 
-def test_an_update_does_not_wait_for_a_snapshot_that_failed(tmp_path, monkeypatch):
+def test_an_update_does_not_wait_for_a_failed_snapshot(tmp_path, monkeypatch):
     def fail(self, tensors):
         raise MemoryError
 
@@ -459,15 +463,15 @@ def test_an_update_does_not_wait_for_a_snapshot_that_failed(tmp_path, monkeypatc
         saver.finish()
 
 
-# Processes that are killed
+# Killed processes
 
 
 class Killed(BaseException):
-    """The process ends here: no handler runs."""
+    """The process ends here."""
 
 
 class File:
-    """A file that is open for writing, and a saboteur who watches it."""
+    """A file that is open for writing; the saboteur watches its writes."""
 
     def __init__(self, file, saboteur):
         self.file, self.fileno, self.flush = file, file.fileno, file.flush
@@ -481,26 +485,29 @@ class File:
 
 
 class Saboteur:
-    """Counts the calls that change the disk and lets the n-th fail, before it is done, half-way, or when it is done.
+    """Counts the calls that change the disk, and lets the n-th fail: before it acts, half-way, or after it.
 
-    A killed process makes no calls any more: neither does any thread of this one, until the patches are undone.
+    A killed process makes no further calls: all threads fail at every call until the patches are undone.
     """
 
     def __init__(self, patch, n=None, how="before", killed=True, barrier=None):
         self.n, self.how, self.killed, self.barrier = n, how, killed, barrier
         self.calls, self.dead, self.seen = 0, False, set()
-        self.open = Path.open
-        patch.setattr(Path, "open", lambda path, mode="r", *args, **kwargs: self.opened(path, mode, *args, **kwargs))
+        patch.setattr(Path, "open", self.opened(Path.open))
+        patch.setattr(files, "open", self.opened(open), raising=False)  # of atomic_write
         copy = self.watched("copyfile", huggingface.copyfile, lambda _, path: Path(path).write_bytes(b"half"))
         patch.setattr(huggingface, "copyfile", copy)
-        patch.setattr(os, "fsync", self.watched("fsync", lambda descriptor: None))  # quick: nobody pulls the plug here
+        patch.setattr(os, "fsync", self.watched("fsync", lambda descriptor: None))  # faster: nobody cuts the power here
         for owner, name in ((Path, "mkdir"), (Path, "rename"), (os, "unlink"), (os, "rmdir")):
             patch.setattr(owner, name, self.watched(name, getattr(owner, name)))
 
-    def opened(self, path, mode, *args, **kwargs):
-        if "w" not in mode:
-            return self.open(path, mode, *args, **kwargs)
-        return File(self.watched("open", self.open)(path, mode, *args, **kwargs), self)
+    def opened(self, call):
+        def opened(path, mode="r", *args, **kwargs):
+            if "w" not in mode:
+                return call(path, mode, *args, **kwargs)
+            return File(self.watched("open", call)(path, mode, *args, **kwargs), self)
+
+        return opened
 
     def watched(self, name, call, half=lambda *_: None):
         def watched(*args, **kwargs):
@@ -527,17 +534,17 @@ class Saboteur:
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(manifest, "ThreadPoolExecutor", partial(ThreadPoolExecutor, 1))
-    said = []
-    monkeypatch.setattr(Dist, "print", lambda ranks, line: said.append(line) if ranks.is_main else None)
-    return said
+    printed = []
+    monkeypatch.setattr(Dist, "print", lambda dist, line: printed.append(line) if dist.is_main else None)
+    return printed
 
 
 @pytest.mark.parametrize("trials", [60, pytest.param(200, marks=pytest.mark.slow)])
 def test_killed_at_any_call(saved, tmp_path, quick, trials):
-    """Whatever is done last: after the next start the newest checkpoint that was reported, or a newer one, is there to
-    the bit, all that is visible is whole, and nothing half done is left."""
+    """After a restart the newest reported checkpoint, or a newer one, has the right bits; all visible checkpoints are
+    valid; and no leftover stays."""
     tokenizer, rng = saved.parent / "tokenizer.json", random.Random(trials)
-    # Step 2 is saved again, by a run that went back to step 1; then come steps 3 and, again, 3.
+    # A run that fell back to step 1 saves step 2 again; then it saves step 3 twice.
     saves = [(step, Trainee(steps=n, seed=n)) for step, n in ((2, 2), (3, 3), (3, 4))]
     bits = {1: [Trainee(steps=1).bits()], 2: [Trainee(steps=2).bits()], 3: []}
     lengths, seen = {}, set()
@@ -554,7 +561,7 @@ def test_killed_at_any_call(saved, tmp_path, quick, trials):
             saboteur = Saboteur(patch, n, how)
             with suppress(Killed, BrokenBarrierError):
                 for (step, trainee), group in zip(saves, savers):
-                    saboteur.barrier = getattr(group[0].ranks, "meeting", None)
+                    saboteur.barrier = getattr(group[0].dist, "meeting", None)
                     sound[step].append(trainee.bits())
                     for saver in group:
                         saver.save(step, COUNTERS)
@@ -567,7 +574,7 @@ def test_killed_at_any_call(saved, tmp_path, quick, trials):
                         saver.finish()
             assert saboteur.dead == (n is not None)
         seen |= saboteur.seen
-        if n is None:  # the first of its kind is not killed, and tells how many calls there are
+        if n is None:  # the first trial of its kind is not killed: it counts the calls
             lengths[world, keep] = saboteur.calls
             assert saboteur.calls > 60
         assert all(verify_checkpoint(run / f"step{step}") == [] for step in set(saved_steps(run)) - {1, 2}), (
@@ -587,7 +594,7 @@ def test_killed_at_any_call(saved, tmp_path, quick, trials):
 
 @pytest.mark.parametrize(("step", "world"), [(2, 1), (3, 2)], ids=["saved again", "new step of two ranks"])
 def test_an_error_at_any_call(saved, tmp_path, quick, step, world):
-    """All ranks fail with the same line, or it was a call that only clears up; what was there is there."""
+    """All ranks fail with the same line, unless the call only cleans up; the earlier checkpoints stay."""
     tokenizer, newer, failures = saved.parent / "tokenizer.json", Trainee(steps=6, seed=4), 0
     sound = [Trainee(steps=2).bits(), newer.bits()]
     for n in range(1, 200):
@@ -627,20 +634,21 @@ import json, os, sys, zlib
 sys.path[:0] = sys.argv[1:3]
 from pathlib import Path
 import torch
-import torch.distributed as dist
-from test_checkpoint import MICRO, make_optimizer
+import torch.distributed as torch_dist
+from trainee import MICRO, make_optimizer
 from checkpoints import manifest, resume, save
 from runtime.errors import UserError
 from model import Pythia
+from model.huggingface import Export
 from parallel.fsdp import local, local_rows, shard_weights
 from runtime.ranks import init_dist
 
 run, what = Path(sys.argv[3]), sys.argv[4]
-ranks = init_dist()
+dist = init_dist()
 
 
 def values(name, step):
-    # weight and moments of a parameter, whole: arbitrary, but the same in every process
+    # the whole weight and moments of a parameter: arbitrary, but the same in every process
     generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {step}".encode()))
     return [torch.randn(shapes[name], generator=generator) for _ in range(3)]
 
@@ -648,7 +656,7 @@ def values(name, step):
 def trainee(shard, step=None):
     with torch.device("meta"):
         model = Pythia(MICRO)
-    shard_weights(model, shard, ranks, torch.float32)
+    shard_weights(model, shard, dist, torch.float32)
     model.to_empty(device="cpu")
     optimizer = make_optimizer(model, 1e-3)
     if step is not None:
@@ -678,15 +686,15 @@ shapes = {name: p.shape for name, p in Pythia(MICRO).named_parameters()}
 if what == "save":
     for step, shard in ((1, "full"), (2, "none")):
         model, optimizer = trainee(shard, step)
-        saver = save.Saver(run, model, optimizer, ranks, torch.float16)
+        saver = save.Saver(run, model, optimizer, dist, Export(torch.float16))
         saver.save(step, {"updates": step})
         saver.wait_for_snapshot()
-        fill(model, optimizer, 99)  # goes on
+        fill(model, optimizer, 99)  # training continues
         saver.finish()
     # The disk of one rank is full.
     original = save.write_tensors
     def full(path, *args):
-        if ranks.rank == 1:
+        if dist.rank == 1:
             raise OSError(28, "No space left on device")
         return original(path, *args)
     save.write_tensors = full
@@ -695,42 +703,42 @@ if what == "save":
         saver.finish()
         raise SystemExit("saved on a full disk")
     except UserError as error:
-        lines = set(ranks.all_gather_str(str(error)))
+        lines = set(dist.all_gather_str(str(error)))
         assert len(lines) == 1 and "step3" in str(error) and "rank 1: No space left" in str(error), lines
     save.write_tensors = original
     assert sorted(path.name for path in run.iterdir()) == ["step1", "step2"]
 else:
-    assert resume.latest_valid_step(run, ranks) == 2
+    assert resume.latest_valid_step(run, dist) == 2
 for step in (1, 2):
     for shard in ("full", "none"):
         model, optimizer = trainee(shard)
-        assert resume.restore(run / f"step{step}", model, optimizer, ranks) == {"updates": step}
+        assert resume.restore(run / f"step{step}", model, optimizer, dist) == {"updates": step}
         check(model, optimizer, step)
-# Damage that only one of the ranks hashes is seen by all.
+# Only one rank hashes the damaged file, but all ranks learn of it.
 if what != "save":
     part = run / "step2" / f"state/part-00002-of-00003.safetensors"
-    if ranks.is_main:
+    if dist.is_main:
         part.write_bytes(part.read_bytes()[:-1] + b"x")
-    ranks.barrier()
-    assert resume.latest_valid_step(run, ranks) == 1
+    dist.barrier()
+    assert resume.latest_valid_step(run, dist) == 1
     try:
-        resume.restore(run / "step2", model, optimizer, ranks)
+        resume.restore(run / "step2", model, optimizer, dist)
         raise SystemExit("a damaged part was loaded")
     except UserError as error:
         assert str(part) in str(error)
     check(model, optimizer, 2)
-if dist.is_initialized():
-    dist.destroy_process_group()
+if torch_dist.is_initialized():
+    torch_dist.destroy_process_group()
 """
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_ranks_write_and_read_side_by_side(tmp_path, world):
-    """Three ranks save, sharded or not; they, and fewer, have every bit back, whole or in shards."""
+    """Three ranks save, sharded or not. They, and fewer ranks, restore every bit, sharded or not."""
     (tmp_path / "ranks.py").write_text(RANKS)
     for n, what in ((3, "save"), (world, "restore")):
         line = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", n]
-        line += [tmp_path / "ranks.py", ROOT, ROOT / "tests", tmp_path / "run", what]
+        line += [tmp_path / "ranks.py", ROOT, Path(__file__).parent, tmp_path / "run", what]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=120, env=environment)
         assert done.returncode == 0, done.stderr
@@ -738,7 +746,7 @@ def test_ranks_write_and_read_side_by_side(tmp_path, world):
         assert ("going back to step 1" in done.stdout) == (what == "restore")
     files = sorted(path.name for path in (tmp_path / "run" / "step1" / "state").iterdir())
     assert files == ["counters.json", *(f"part-0000{i}-of-00003.safetensors" for i in (1, 2, 3))]
-    for i in (1, 2, 3):  # none holds all
+    for i in (1, 2, 3):  # no part holds all rows
         held = load_file(tmp_path / "run" / "step1" / "state" / f"part-0000{i}-of-00003.safetensors")["weight/embed"]
         assert len(held) in (12, 14)
 
@@ -760,7 +768,7 @@ def status(key):
 
 def measured(name, call):
     def wrapped(*args):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         before = status("VmRSS")
         result = call(*args)
         print(name, status("VmHWM") - before)
@@ -770,7 +778,7 @@ def measured(name, call):
 torch.set_num_threads(1)
 model = Pythia(replace(SIZES["31m"], layers=2), seed=0)
 optimizer = make_optimizer(model, 1e-3)
-saver = Saver(Path(sys.argv[1]), model, optimizer, Dist(), torch.float32)
+saver = Saver(Path(sys.argv[1]), model, optimizer, Dist(), huggingface.Export(torch.float32))
 saver._write_part = measured("state", saver._write_part)
 saver._write_model = measured("model", saver._write_model)
 saver.save(0, {})
@@ -779,9 +787,9 @@ measured("export", huggingface.save)(model, Path(sys.argv[1]) / "export", torch.
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured as Linux tells it")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads memory from Linux's /proc")
 def test_memory(tmp_path):
-    """Written piece by piece: no tensor is in memory twice, let alone a file."""
+    """Files are written piece by piece: no whole tensor is copied."""
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, tmp_path / "run"], capture_output=True, text=True, cwd=ROOT, check=False
     )
@@ -790,15 +798,15 @@ def test_memory(tmp_path):
     tensor = 4 * 50304 * 256
     assert (tmp_path / "run/step0" / MODEL).stat().st_size > 2 * tensor
     assert int(taken["state"]) < tensor / 4
-    assert manifest.CHUNK_BYTES < int(taken["model"]) < tensor / 4  # of float32, which takes no copy
-    assert tensor / 2 < int(taken["export"]) < 1.2 * tensor  # of float16: a tensor and the one before
+    assert manifest.CHUNK_BYTES < int(taken["model"]) < tensor / 4  # float32 needs no cast
+    assert tensor / 2 < int(taken["export"]) < 1.2 * tensor  # float16: a tensor and the previous one
 
 
 MANY_SAVES = """
 import shutil, sys
 from pathlib import Path
 import torch
-from test_saving import COUNTERS, TINY, Trainee
+from trainee import COUNTERS, TINY, Trainee
 
 run = Path(sys.argv[1])
 trainee, resumed = Trainee(TINY, steps=1), Trainee(TINY)
@@ -816,9 +824,9 @@ for cycle in range(200):
 
 @pytest.mark.slow
 def test_many_saves_leak_nothing(tmp_path):
-    """In a process of its own: memory that other tests have freed would blur the count."""
+    """In its own process, because memory that other tests freed would blur the count."""
     here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
+    environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{ROOT}"}
     line = [sys.executable, "-c", MANY_SAVES, tmp_path]
     done = subprocess.run(line, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
