@@ -27,6 +27,7 @@ from checkpoints.manifest import clean_up, steps_with_state
 from checkpoints.resume import latest_valid_step, restore
 from checkpoints.save import Saver
 from corpus.loader import Batch, Loader, digest
+from data import DEFAULTS
 from kernels import backend
 from model import SIZES, Config, Pythia
 from model.huggingface import Export, read_config, read_weights
@@ -60,18 +61,20 @@ class Settings:
     """Every setting of a run. The command line and run.json are made from this class."""
 
     size: str = setting("", "which Pythia", choices=list(SIZES), required=True)
-    data: str = setting("demo", "PREFIX of a Megatron .bin/.idx, a directory of pre-shuffled rows, or `demo`", False)
+    data: str = setting(
+        DEFAULTS["data"], "PREFIX of a Megatron .bin/.idx, a directory of pre-shuffled rows, or `demo`", False
+    )
     out: str = setting("", "run directory (default: runs/pythia-SIZE)", False)
     demo: bool = setting(False, "a run of about two minutes on a laptop: demo data, few steps, small batch", False)
     plan: bool = setting(False, "print parameters, FLOPs, memory and expected days, then exit", False)
     plan_for: str = setting("", "with --plan: the machine, for example 16xA100-40GB (default: 8xH100)", False)
-    seed: int = setting(1234, "seed of the initial weights and of the data order")
+    seed: int = setting(DEFAULTS["seed"], "seed of the initial weights and of the data order")
     init_from: str = setting("", "start from the weights of this Hugging Face directory instead of random weights")
-    steps: int = setting(143_000, "optimizer steps; the learning-rate schedule spans them")
+    steps: int = setting(DEFAULTS["steps"], "optimizer steps; the learning-rate schedule spans them")
     stop_at: int = setting(0, "pause after this many steps and save a checkpoint", False)
-    batch_size: int = setting(1024, "rows of one optimizer step, over all ranks")
+    batch_size: int = setting(DEFAULTS["batch_size"], "rows of one optimizer step, over all ranks")
     micro_batch: int = setting(0, "rows of one forward and backward pass on one rank (default: at most 8)", False)
-    seq_len: int = setting(2048, "tokens of a row")
+    seq_len: int = setting(DEFAULTS["seq_len"], "tokens of a row")
     lr: float = setting(0.0, "peak learning rate (default: the published rate of the size)")
     schedule: str = setting(
         "published", "cosine of GPT-NeoX v1.0 (published) or of the textbook (cosine)", choices=["published", "cosine"]
@@ -185,11 +188,15 @@ def run(s: Settings, dist: Dist, stack: ExitStack) -> int:
     read = partial(read_batch, s, rows, dist)
     read(start)  # reports a token outside the vocabulary before anything is written
 
-    model, optimizer, trainer, updates, scaler = build(s, dist, run_dir, saved)
-    announce_start(s, run_dir, fingerprint, start, stop, model.config, dist)
+    trainer, updates, scaler = build(s, dist, run_dir, saved)
+    dist.run_on_main(partial(record_start, run_dir, asdict(s), fingerprint, start, dist))
+    dist.print(
+        f"{run_dir}: {SIZES[s.size].parameters:,} parameters on {dist.world_size} x {dist.device.type}, {s.precision}; "
+        f"step {start} to {stop} of {s.steps}, each {s.batch_size} rows of {s.seq_len} tokens"
+    )
     stop_signal, watchdog = StopSignal(), stack.enter_context(Watchdog(dist, s.timeout))
-    log = StepLog(s, run_dir, start, model.config, dist, stack)
-    saver = open_saver(s, run_dir, model, optimizer, dist, watchdog, stack)
+    log = StepLog(s, run_dir, start, dist, stack)
+    saver = open_saver(s, run_dir, trainer, watchdog, stack)
     if saved is None:
         saver.save(0, {"updates": 0, "scaler": scaler and vars(scaler)})
     loader = stack.enter_context(Loader(read, start, stop, dist.device))
@@ -268,10 +275,8 @@ def read_batch(s: Settings, rows: data.Rows, dist: Dist, step: int) -> np.ndarra
     return batch
 
 
-def build(
-    s: Settings, dist: Dist, run_dir: Path, saved: int | None
-) -> tuple[Pythia, torch.optim.AdamW, Step, int, LossScaler | None]:
-    """Model, optimizer, training step, successful updates and loss scaler, as checkpoint `saved` holds them."""
+def build(s: Settings, dist: Dist, run_dir: Path, saved: int | None) -> tuple[Step, int, LossScaler | None]:
+    """The training step, the number of successful updates and the loss scaler, as checkpoint `saved` has them."""
     model, gradients = initial_model(s, dist)
     set_recompute(model, s.recompute)
     if s.compile:
@@ -284,7 +289,7 @@ def build(
         updates = counters["updates"]
         if scaler:
             vars(scaler).update(counters["scaler"])
-    return model, optimizer, Step(model, gradients, optimizer, dist), updates, scaler
+    return Step(model, gradients, optimizer, dist), updates, scaler
 
 
 def initial_model(s: Settings, dist: Dist) -> tuple[Pythia, Gradients]:
@@ -330,30 +335,13 @@ def choose_sharding(s: Settings, config: Config, dist: Dist) -> tuple[str, bool]
     return chosen.shard, chosen.whole_gradients
 
 
-def announce_start(
-    s: Settings, run_dir: Path, fingerprint: dict, start: int, stop: int, config: Config, dist: Dist
-) -> None:
-    dist.run_on_main(partial(record_start, run_dir, asdict(s), fingerprint, start, dist))
-    dist.print(
-        f"{run_dir}: {config.parameters:,} parameters on {dist.world_size} x {dist.device.type}, {s.precision}; "
-        f"step {start} to {stop} of {s.steps}, each {s.batch_size} rows of {s.seq_len} tokens"
-    )
-
-
-def open_saver(
-    s: Settings,
-    run_dir: Path,
-    model: Pythia,
-    optimizer: torch.optim.AdamW,
-    dist: Dist,
-    watchdog: Watchdog,
-    stack: ExitStack,
-) -> Saver:
-    """The writer of checkpoints. Their weights have the dtype of the training, but float32 if that is bf16 on a CPU:
-    there others compute in float32, and rounded weights would change their logits."""
+def open_saver(s: Settings, run_dir: Path, trainer: Step, watchdog: Watchdog, stack: ExitStack) -> Saver:
+    """The writer of checkpoints. Weights are saved in the dtype of the training, but in float32 if that is bf16 on a
+    CPU: there others compute in float32, and bf16 weights would change their logits."""
+    model, dist = trainer.model, trainer.dist
     dtype = torch.float32 if (dist.device.type, s.precision) == ("cpu", "bf16") else model.compute_dtype
     export = Export(dtype, tokenizer=data.find_tokenizer(s.data))
-    saver = Saver(run_dir, model, optimizer, dist, export, s.keep_state, watchdog.heartbeat)
+    saver = Saver(run_dir, model, trainer.optimizer, dist, export, s.keep_state, watchdog.heartbeat)
     stack.callback(saver.wait)
     return saver
 
@@ -384,9 +372,9 @@ def overflowed(s: Settings, step: int, loss: float, grad_norm: float, scaler: Lo
 class StepLog:
     """Gathers what the ranks measured in a step. The main rank writes it to RUN/metrics.jsonl and to the loggers."""
 
-    def __init__(self, s: Settings, run_dir: Path, start: int, config: Config, dist: Dist, stack: ExitStack):
+    def __init__(self, s: Settings, run_dir: Path, start: int, dist: Dist, stack: ExitStack):
         self.dist, self.tokens_per_step = dist, s.batch_size * s.seq_len
-        self.flops_per_token, self.peak = config.flops_per_token(s.seq_len), peak_flops(dist.device)
+        self.flops_per_token, self.peak = SIZES[s.size].flops_per_token(s.seq_len), peak_flops(dist.device)
         loggers = list(filter(None, s.log.split(",")))
         metrics = partial(Metrics, run_dir, start, s.steps, loggers, asdict(s))
         self.metrics = dist.run_on_main(lambda: stack.enter_context(metrics()))
