@@ -34,8 +34,9 @@ from model.huggingface import read_config, read_weights
 from model.sizes import is_published_step
 from parallel.fsdp import RECOMPUTE, SHARD, init_weights, local, local_rows, set_recompute, shard_weights
 from parallel.gradients import Gradients
-from plan import report
-from plan.report import peak_flops
+from plan.memory import Job, choose_shard
+from plan.report import parse_machine, report
+from plan.time import peak_flops
 from runtime.errors import Parser, UserError, run_command
 from runtime.host import StopSignal, reuse_freed_memory, supports_bf16_matmul
 from runtime.metrics import LOGGERS, Metrics, profiler
@@ -263,8 +264,8 @@ def run_steps(s: Settings, ranks: Dist, resources: ExitStack) -> int:
                 raise UserError(f"50 steps in a row overflowed float16, up to step {step}: try --precision bf16")
 
         seconds = time.perf_counter() - began
-        report = [stop.requested, saver.failure is not None, waited, one_step.compute_seconds()]
-        stopping, failed, data_seconds, compute_seconds = ranks.all_gather(torch.tensor(report)).T  # [ranks] each
+        mine = [stop.requested, saver.failure is not None, waited, one_step.compute_seconds()]
+        stopping, failed, data_seconds, compute_seconds = ranks.all_gather(torch.tensor(mine)).T  # [ranks] each
         digests = ranks.all_gather(batch.digests)  # [ranks, micro_steps, micro_batch, 32]
         if metrics:
             metrics.record(
@@ -330,7 +331,8 @@ def initial_model(s: Settings, config: Config, ranks: Dist) -> tuple[Pythia, Gra
 def choose_sharding(s: Settings, config: Config, ranks: Dist) -> tuple[str, bool]:
     """What --shard auto means here, and whether a rank has the memory to add up gradients of all weights.
 
-    On GPUs, what takes the least time of what fits; on CPUs, which are for trying things out, as little as can be.
+    On GPUs, what fits with the least traffic between ranks; on CPUs, which are for trying things out, as little as can
+    be.
     """
     choice = ("grad", "full") if s.bitwise else ()
     choice = choice if s.shard == "auto" else (s.shard,)
@@ -338,8 +340,9 @@ def choose_sharding(s: Settings, config: Config, ranks: Dist) -> tuple[str, bool
         return (*choice, "none")[0], True
     memory = torch.tensor(-torch.cuda.get_device_properties(ranks.device).total_memory, device=ranks.device)
     smallest = -ranks.all_reduce_max(memory).item()  # all ranks must choose alike
-    job = s.micro_batch, s.seq_len, s.precision, s.recompute, s.batch_size
-    chosen = report.choose_shard(config, smallest, ranks.world_size, ranks.local_world_size, *job, choice)
+    job = Job(config, s.batch_size, s.micro_batch, s.seq_len, s.precision, s.recompute)
+    job = replace(job, world_size=ranks.world_size, local_world_size=ranks.local_world_size)
+    chosen = choose_shard(job, smallest, choice)
     return chosen.shard, chosen.whole_gradients
 
 
@@ -411,8 +414,8 @@ def main() -> None:
     try:
         s = parse(sys.argv[1:])
         if s.plan:
-            job = s.steps, s.batch_size, s.micro_batch, s.seq_len, s.precision, s.recompute, s.shard, s.plan_for
-            text = report.plan(SIZES[s.size], *job)
+            job = Job(SIZES[s.size], s.batch_size, s.micro_batch, s.seq_len, s.precision, s.recompute, s.shard)
+            text = report(job, s.steps, parse_machine(s.plan_for, s.batch_size))
     except UserError:
         if not first:
             raise SystemExit(1) from None

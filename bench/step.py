@@ -47,7 +47,7 @@ from model.pythia import init_std
 from model.sizes import VOCAB_USED
 from parallel.fsdp import RECOMPUTE, set_recompute
 from parallel.gradients import Gradients
-from plan.report import peak_flops
+from plan.time import peak_flops
 from runtime.errors import Parser, UserError, run_command
 from runtime.host import reuse_freed_memory, supports_bf16_matmul
 from runtime.ranks import Dist
