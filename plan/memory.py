@@ -12,7 +12,7 @@ from model import Config
 USABLE = 0.92  # share of a GPU's memory that a run may fill: CUDA, NCCL's buffers and fragmentation need the rest
 GPUS_PER_NODE = 8
 
-# By --recompute: tensors [tokens, hidden] that a layer saves for its backward pass, and that it computes again in it.
+# By --recompute: number of tensors [tokens, hidden] that a layer saves for its backward pass, and computes again in it.
 #   none    saves the residual sum, its two norms, q, k, v, attention, and 4 + 4 before and after GELU
 #   cheap   saves the residual sum and the outputs of matmuls and attention
 #   full    saves the three inputs of the layer: residual, attention and MLP of the layer before
@@ -44,9 +44,7 @@ class Job:
     shard: str = "none"
     world_size: int = 1
     local_world_size: int = GPUS_PER_NODE
-    # Every rank accumulates the gradients of all weights and reduces them after the last micro-step. False: it reduces
-    # them after every micro-step, and keeps its part of the sum.
-    whole_gradients: bool = True
+    whole_gradients: bool = True  # kept on every rank and reduced once a step; False: in parts, after every micro-step
 
     @property
     def micro_steps(self) -> int:
@@ -63,10 +61,6 @@ class Job:
         return {"none": 1, "hybrid": min(self.local_world_size, self.world_size)}.get(self.shard, self.world_size)
 
     @property
-    def fsdp(self) -> bool:
-        return self.world_size > 1
-
-    @property
     def gathers_again(self) -> bool:
         """FSDP2 frees the gathered weights of a layer after its forward pass and gathers them for the backward pass."""
         return self.shard in ("full", "hybrid")
@@ -78,28 +72,25 @@ class Job:
 
 
 def memory(job: Job) -> dict[str, float]:
-    """Bytes of a rank at the peak of a step, by what they hold.
-
-    The formulas count tensors, not pages or the blocks of an allocator: a process needs a few percent more.
-    """
-    layers, layer, root = job.config.layers, job.config.layer_parameters, job.root
-    width, accumulates, whole = job.width, job.micro_steps > 1, job.whole_gradients
+    """Bytes of a rank at the peak of a step, by what they hold. An allocator needs a few percent more."""
+    layers, layer, root, width = job.config.layers, job.config.layer_parameters, job.root, job.width
+    fsdp, accumulates, whole = job.world_size > 1, job.micro_steps > 1, job.whole_gradients
     own = 4 * job.config.parameters / job.parts  # float32 weights of a rank; gradients take as much, moments twice
     saved = SAVED_ACTIVATIONS[job.recompute] * job.micro_batch * job.seq_len * job.config.hidden * width  # by a layer
     in_loss, in_layer, in_embedding = _temporaries(job, saved)
 
     # Weights in the dtype of matmuls. FSDP2 copies even float32 weights, and gathers the next layer in advance.
-    if job.fsdp:
+    if fsdp:
         cast = width * (root + 2 * layer if job.gathers_again else job.config.parameters)
     else:
         cast = 0 if width == 4 else width * layer * layers
-    stay_cast = not job.fsdp or (accumulates and not whole and not job.gathers_again)  # until the next micro-step
+    stay_cast = not fsdp or (accumulates and not whole and not job.gathers_again)  # until the next micro-step
     cast_at_end = cast if stay_cast else min(cast, width * (root + layer))
 
     # Gradients at the start of the last backward pass, and when it reaches the first layer.
-    before = (own if job.fsdp and not whole else 4 * job.config.parameters) if accumulates else 0
+    before = (own if fsdp and not whole else 4 * job.config.parameters) if accumulates else 0
     nearly_all = own - 4 * (layer + root) / job.parts
-    if job.fsdp and accumulates and whole:
+    if fsdp and accumulates and whole:
         nearly_all += 4 * (layer + root)  # these are not reduced yet
 
     moments = (  # gradients, cast weights, activations, temporary tensors
@@ -113,23 +104,20 @@ def memory(job: Job) -> dict[str, float]:
 
 
 def _temporaries(job: Job, saved: int) -> tuple[float, float, float]:
-    """Bytes that live only in the loss, in the backward pass of one layer, and in that of the embedding.
-
-    saved: bytes of the activations that a layer saves. They are freed during its backward pass.
-    """
+    """Bytes that live only in the loss, in the backward pass of a layer, which frees `saved`, and of the embedding."""
     width, layer, table = job.width, job.config.layer_parameters, job.config.vocab * job.config.hidden
-    tokens, accumulates = job.micro_batch * job.seq_len, job.micro_steps > 1
+    tokens, fsdp, accumulates = job.micro_batch * job.seq_len, job.world_size > 1, job.micro_steps > 1
     activation = tokens * job.config.hidden * width  # a tensor [tokens, hidden]
 
     # Forward: a chunk of logits; the unembedding in 16 bits and its float32 gradient; the three outputs of the last
     # layer, their norm, its gradient; FSDP2's buffer of the last layer. Backward: gradients and their scaled copies.
     forward = min(tokens, TRITON_CHUNK) * job.config.vocab * width + 6 * table + 5 * activation
-    forward += width * layer if job.fsdp and not job.gathers_again else 0
+    forward += width * layer if fsdp and not job.gathers_again else 0
     in_loss = max(forward, 8 * table + 3 * activation)
 
     # In a layer: 5 gradients [tokens, hidden] around GELU, and the gradient of the largest weight, a third of a layer.
     in_layer = (5 + RECOMPUTED_ACTIVATIONS[job.recompute]) * activation + width * layer / 3
-    if job.fsdp:
+    if fsdp:
         # Meanwhile FSDP2 reduces the float32 gradients of the layer before. When a layer ends, it has their gradients
         # as computed, in float32 to send, and as received (with one part: all of them, and a third buffer to average).
         # The gradient of the unembedding waits until the end.
@@ -157,21 +145,15 @@ def snapshot_memory(job: Job) -> float:
 
 
 def shardings(job: Job, shards: tuple[str, ...] = ()) -> list[Job]:
-    """The ways to shard a job, in the order of SHARDINGS. `shards`: values of --shard to choose from.
-
-    Default: all that differ, so one rank only gets `none`, and only a job of several nodes gets `hybrid`.
-    """
-    if not shards:
+    """The ways to shard a job, in the order of SHARDINGS, of these values of --shard. Default: of all that differ."""
+    if not shards:  # one rank has nothing to divide, and one node is the same as all
         hybrid = ("hybrid",) if job.world_size > job.local_world_size else ()
-        shards = ("grad", "none", *hybrid, "full") if job.fsdp else ("none",)
+        shards = ("grad", "none", *hybrid, "full") if job.world_size > 1 else ("none",)
     ways = [(shard, whole) for shard, whole in SHARDINGS if shard in shards and (whole or job.micro_steps > 1)]
     return [replace(job, shard=shard, whole_gradients=whole) for shard, whole in ways]
 
 
 def choose_shard(job: Job, gpu_memory: float, shards: tuple[str, ...] = ()) -> Job:
-    """The job with the first of its shardings that fits a GPU of so many bytes, else with that of the least memory.
-
-    The choice depends on nothing but the arguments, so all ranks choose the same.
-    """
+    """The job with the first of its shardings that fits a GPU of so many bytes, else with that of the least memory."""
     variants = shardings(job, shards)
     return next((job for job in variants if fits(job, gpu_memory)), min(variants, key=total_memory))

@@ -47,7 +47,8 @@ def report(job: Job, steps: int, machine: Machine) -> str:
     """The plan of a job on a machine, which decides the number of ranks. The job's shard may be `auto`."""
     config, gpu_memory, tokens = job.config, GPUS[machine.gpu].memory, steps * job.batch * job.seq_len
     flops, causal = (config.flops_per_token(job.seq_len, causal) for causal in (False, True))
-    job = replace(on(machine, job), micro_batch=math.gcd(job.micro_batch, job.batch // machine.world_size))
+    job = replace(job, world_size=machine.world_size, local_world_size=machine.local_world_size)
+    job = replace(job, micro_batch=math.gcd(job.micro_batch, job.batch // job.world_size))
     job = choose_shard(job, gpu_memory, () if job.shard == "auto" else (job.shard,))
     lines = [
         f"Pythia {config.name}: {config.layers} layers, hidden {config.hidden}, {config.heads} heads of "
@@ -74,10 +75,6 @@ def report(job: Job, steps: int, machine: Machine) -> str:
     return "\n".join(lines)
 
 
-def on(machine: Machine, job: Job) -> Job:
-    return replace(job, world_size=machine.world_size, local_world_size=machine.local_world_size)
-
-
 def flags(job: Job) -> str:
     return f"--shard {job.shard} --recompute {job.recompute} --micro-batch {job.micro_batch}"
 
@@ -100,23 +97,20 @@ def _memory_table(job: Job, gpu_memory: float) -> list[str]:
     return lines
 
 
-def _fastest(job: Job, machine: Machine) -> Job | None:
-    rates, _ = known_rates(job.config, job.precision, machine.gpu)
-    return fastest(on(machine, job), GPUS[machine.gpu].memory, rates)
-
-
 def _suggestion(job: Job, machine: Machine) -> list[str]:
-    _, world_size, local_world_size = machine
-    if best := _fastest(job, machine):
+    gpu_memory, (rates, _) = GPUS[machine.gpu].memory, known_rates(job.config, job.precision, machine.gpu)
+    world_size, local_world_size = job.world_size, job.local_world_size
+    if best := fastest(job, gpu_memory, rates):
         nodes = f" --nnodes {world_size // local_world_size} --rdzv-backend c10d --rdzv-endpoint FIRST_NODE \\\n   "
         launcher = f"torchrun --nproc-per-node {local_world_size}" + nodes * (world_size > local_world_size)
         return [
             f"The fastest that fits, by estimate: {total_memory(best) / 1e9:.1f} GB a rank. Add your other flags.",
             f"  {launcher} train.py --size {job.config.name} {flags(best)}",
         ]
-    for larger in (Machine(machine.gpu, 2**i, min(2**i, GPUS_PER_NODE)) for i in range(11)):
-        if job.batch % larger.world_size == 0 and _fastest(job, larger):
-            return [f"Nothing fits {machine}. The smallest that does is {larger}"]
+    for n in (2**i for i in range(11)):
+        larger = replace(job, world_size=n, local_world_size=min(n, GPUS_PER_NODE))
+        if job.batch % n == 0 and fastest(larger, gpu_memory, rates):
+            return [f"Nothing fits {machine}. The smallest that does is {n}x{machine.gpu}"]
     return [f"Nothing fits {machine}, nor any larger machine of these GPUs"]
 
 
@@ -134,7 +128,7 @@ def _days(job: Job, steps: int, machine: Machine) -> list[str]:
     ]
     for name, config in SIZES.items():
         rates, files = known_rates(config, job.precision, machine.gpu)
-        if not (best := _fastest(replace(job, config=config), machine)):
+        if not (best := fastest(replace(job, config=config), GPUS[machine.gpu].memory, rates)):
             lines.append(f"  {name:<8}nothing fits")
             continue
         days = steps * step_seconds(best, rates) / 86400

@@ -70,10 +70,7 @@ def assumed_rates(config: Config, precision: str, gpu: str = "H100", copy: float
 
 
 def known_rates(config: Config, precision: str, gpu: str) -> tuple[Rates, dict[str, str]]:
-    """Rates that bench.roofline measured last on such a GPU, or assumed ones; and the file of each measured rate.
-
-    Raises UserError on a damaged file.
-    """
+    """Rates that bench.roofline measured last on a GPU, else assumed ones; and the file of each measured rate."""
     found = []
     for file in RESULTS.rglob("roofline*.json"):
         result = _read_roofline(file)
@@ -85,9 +82,8 @@ def known_rates(config: Config, precision: str, gpu: str) -> tuple[Rates, dict[s
         measured["matmul"] = result.get("product_flops_per_s", {}).get(config.name)
         measured["attention"] = result.get("attention_flops_per_s", {}).get(config.name)
     measured = {rate: value for rate, value in measured.items() if value}
-    return assumed_rates(config, precision, gpu, measured.get("copy"))._replace(**measured), dict.fromkeys(
-        measured, name
-    )
+    rates = assumed_rates(config, precision, gpu, measured.get("copy"))._replace(**measured)
+    return rates, dict.fromkeys(measured, name)
 
 
 def _read_roofline(file: Path) -> dict:
@@ -99,9 +95,9 @@ def _read_roofline(file: Path) -> dict:
     def is_valid(name: str, x) -> bool:
         if name in ("product_flops_per_s", "attention_flops_per_s"):  # by size
             return isinstance(x, dict) and all(map(is_rate, x.values()))
-        return (
-            is_rate(x) if name == "copy_bytes_per_s" else isinstance(x, str) or name not in ("gpu", "date", "precision")
-        )
+        if name in ("gpu", "date", "precision"):
+            return isinstance(x, str)
+        return name != "copy_bytes_per_s" or is_rate(x)
 
     try:
         content = json.loads(file.read_text())
@@ -111,9 +107,7 @@ def _read_roofline(file: Path) -> dict:
             if x is not None and not is_valid(name, x):
                 raise ValueError(f"{name} is {x!r}")
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{file} is damaged ({error}): remove it, or measure again with python -m bench.roofline"
-        ) from None
+        raise UserError(f"{file} is damaged ({error}): remove it, or run python -m bench.roofline again") from None
     return {name: x for name, x in content.items() if x is not None}
 
 
@@ -138,11 +132,11 @@ def step_seconds(job: Job, rates: Rates) -> float:
     # Bytes of passes over weights. They are cast: read and written; all_gather writes them and reads them to send, and
     # FSDP2 copies them. The norm reads gradients; AdamW reads and writes gradients, weights and two moments.
     gathered = micro_steps * (job.root + 2 * layers * layer) if job.gathers_again else config.parameters
-    passes = gathered * ((4 + width) / job.parts + (4 * width if job.fsdp else 0))
+    passes = gathered * ((4 + width) / job.parts + (4 * width if job.world_size > 1 else 0))
     passes += (4 + 4 * 8) * config.parameters / job.parts
     if micro_steps > 1:  # gradients are added to float32 sums
         passes += micro_steps * config.parameters * (8 + width if job.whole_gradients else 12 / job.parts)
-    if job.fsdp:  # gradients are packed, received in float32, and read to send
+    if job.world_size > 1:  # gradients are packed, received in float32, and read to send
         packed = 8 if job.whole_gradients and micro_steps > 1 else 4 + width
         passes += (packed + 8) * config.parameters * (1 if job.whole_gradients else micro_steps)
     return micro_steps * (layers * (forward + backward) + loss) + passes / rates.copy
@@ -160,11 +154,9 @@ def fastest(job: Job, gpu_memory: float, rates: Rates) -> Job | None:
                 if fits(variant, gpu_memory):
                     seconds[variant] = step_seconds(variant, rates)
 
-    def cost(job: Job) -> tuple[int, int, float]:
-        repeated = job.gathers_again or not job.whole_gradients  # traffic of every micro-step
+    def traffic_and_memory(job: Job) -> tuple[int, int, float]:
         order = SHARDINGS.index((job.shard, job.whole_gradients))
-        return order, job.micro_steps if repeated else 1, total_memory(job)
+        return order, job.micro_steps if job.gathers_again else 1, total_memory(job)
 
-    return min(
-        (variant for variant in seconds if seconds[variant] <= 1.02 * min(seconds.values())), key=cost, default=None
-    )
+    near = [variant for variant in seconds if seconds[variant] <= 1.02 * min(seconds.values())]
+    return min(near, key=traffic_and_memory, default=None)
