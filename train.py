@@ -34,8 +34,9 @@ from model.huggingface import Export, read_config, read_weights
 from model.sizes import is_published_step
 from parallel.fsdp import RECOMPUTE, SHARD, init_weights, local, local_rows, set_recompute, shard_weights
 from parallel.gradients import Gradients
-from plan import report
-from plan.report import peak_flops
+from plan.memory import Job, choose_shard
+from plan.report import parse_machine, report
+from plan.time import peak_flops
 from runtime.errors import Parser, UserError, run_command
 from runtime.host import StopSignal, reuse_freed_memory, supports_bf16_matmul
 from runtime.metrics import LOGGERS, Metrics, profiler
@@ -330,8 +331,9 @@ def choose_sharding(s: Settings, config: Config, dist: Dist) -> tuple[str, bool]
         return (*choices, "none")[0], True
     memory = torch.tensor(-torch.cuda.get_device_properties(dist.device).total_memory, device=dist.device)
     smallest = -dist.all_reduce_max(memory).item()  # all ranks must choose alike
-    job = s.micro_batch, s.seq_len, s.precision, s.recompute, s.batch_size
-    chosen = report.choose_shard(config, smallest, dist.world_size, dist.local_world_size, *job, choices)
+    job = Job(config, s.batch_size, s.micro_batch, s.seq_len, s.precision, s.recompute)
+    job = replace(job, world_size=dist.world_size, local_world_size=dist.local_world_size)
+    chosen = choose_shard(job, smallest, choices)
     return chosen.shard, chosen.whole_gradients
 
 
@@ -421,8 +423,8 @@ def main() -> None:
     try:
         s = parse(sys.argv[1:])
         if s.plan:
-            job = s.steps, s.batch_size, s.micro_batch, s.seq_len, s.precision, s.recompute, s.shard, s.plan_for
-            text = report.plan(SIZES[s.size], *job)
+            job = Job(SIZES[s.size], s.batch_size, s.micro_batch, s.seq_len, s.precision, s.recompute, s.shard)
+            text = report(job, s.steps, parse_machine(s.plan_for, s.batch_size))
     except UserError:
         if not is_main:
             raise SystemExit(1) from None

@@ -32,7 +32,7 @@ from bench.ceilings import machine
 from bench.kernels.peers import OPS
 from bench.report import RESULTS, ROOT, aligned
 from model import SIZES
-from plan import report
+from plan.memory import SAVED_ACTIVATIONS, USABLE, Job, total_memory
 from runtime.errors import Parser, UserError, run_command
 
 STEP_SIZES = ("14m", "70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b")
@@ -96,15 +96,15 @@ def step_that_fits(size: str, seconds: float, gpu_memory: float) -> Piece:
     bench.step reports the peers that do not fit.
     """
     least = float("inf")
-    for recompute, batch in product(report.KEPT, BATCHES):
-        needed = sum(report.memory(SIZES[size], batch, 2048, "bf16", recompute).values())
-        if needed <= report.USABLE * gpu_memory:
+    for recompute, batch in product(SAVED_ACTIVATIONS, BATCHES):
+        needed = total_memory(Job(SIZES[size], batch, batch, 2048, "bf16", recompute))
+        if needed <= USABLE * gpu_memory:
             eager = () if size in COMPILED else ("--no-compile",)
             against = "plain,liger,hf,litgpt"  # if time runs out, the last ones are skipped
             shape = "--batch", f"{batch}", "--recompute", recompute, "--rounds", "3"
             return step(size, seconds, *shape, "--against", against, *eager)
         least = min(least, needed)
-    obstacle = f"needs {least / 1e9:.0f} GB by the plan, {report.USABLE * gpu_memory / 1e9:.0f} can be used"
+    obstacle = f"needs {least / 1e9:.0f} GB by the plan, {USABLE * gpu_memory / 1e9:.0f} can be used"
     return Piece(f"step-{size}", 0, obstacle=obstacle)
 
 

@@ -52,7 +52,7 @@ from kernels.cross_entropy import CHUNK, TRITON_CHUNK
 from kernels.linear import matmul
 from model import SIZES, Config
 from parallel.gradients import Gradients
-from plan.report import peak_flops
+from plan.time import peak_flops
 from runtime.errors import Parser, UserError, run_command
 from runtime.host import reuse_freed_memory
 from runtime.ranks import Dist

@@ -34,7 +34,7 @@ from bench.report import step_table
 from bench.timing import disturbed, flush_of
 from model import SIZES
 from parallel.fsdp import RECOMPUTE
-from plan.report import peak_flops
+from plan.time import peak_flops
 from runtime.errors import Parser, UserError, run_command
 from runtime.files import atomic_write
 

@@ -1,1 +1,1 @@
-"""What a run costs, before it starts."""
+"""Memory and time of a run before it starts."""

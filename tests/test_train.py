@@ -27,7 +27,8 @@ from corpus.order import Order
 from model import SIZES, Pythia
 from model.huggingface import load, save
 from parallel import gradients
-from plan import report
+from plan.memory import Job
+from plan.report import parse_machine, report
 from runtime.errors import UserError
 from step import LossScaler, learning_rate
 
@@ -424,7 +425,8 @@ def test_a_damaged_checkpoint_is_skipped(run, capsys):
 @pytest.mark.parametrize("size", SIZES)
 def test_plan_knows_every_size(size):
     s = train.parse(["--size", size, "--plan"])
-    text = report.plan(SIZES[size], s.steps, s.batch_size, s.micro_batch, s.seq_len, s.precision, s.recompute)
+    job = Job(SIZES[size], s.batch_size, s.micro_batch, s.seq_len, s.precision, s.recompute, s.shard)
+    text = report(job, s.steps, parse_machine("", s.batch_size))
     assert f"{SIZES[size].parameters:,}" in text
     assert "299,892,736,000" in text
 
