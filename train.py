@@ -62,9 +62,7 @@ class Settings:
     """Every setting of a run. The command line and run.json are made from this class."""
 
     size: str = setting("", "which Pythia", choices=list(SIZES), required=True)
-    data: str = setting(
-        DEFAULTS["data"], "PREFIX of a Megatron .bin/.idx, a directory of pre-shuffled rows, or `demo`", False
-    )
+    data: str = setting(DEFAULTS["data"], "PREFIX of a .bin/.idx, directory of pre-shuffled rows, or `demo`", False)
     out: str = setting("", "run directory (default: runs/pythia-SIZE)", False)
     demo: bool = setting(False, "a run of about two minutes on a laptop: demo data, few steps, small batch", False)
     plan: bool = setting(False, "print parameters, FLOPs, memory and expected days, then exit", False)
@@ -78,7 +76,7 @@ class Settings:
     seq_len: int = setting(DEFAULTS["seq_len"], "tokens of a row")
     lr: float = setting(0.0, "peak learning rate (default: the published rate of the size)")
     schedule: str = setting(
-        "published", "cosine of GPT-NeoX v1.0 (published) or of the textbook (cosine)", choices=["published", "cosine"]
+        "published", "cosine: of GPT-NeoX v1.0, or of the textbook", choices=["published", "cosine"]
     )
     precision: str = setting(
         "",
@@ -86,20 +84,13 @@ class Settings:
         choices=list(DTYPES),
     )
     shard: str = setting(
-        "auto",
-        "what the ranks divide: everything (full), everything within a node (hybrid), gradients and moments (grad), "
-        "nothing (none)",
-        False,
-        choices=SHARD,
+        "auto", "what ranks divide: all, all within a node, gradients and moments, or nothing", False, choices=SHARD
     )
     bitwise: bool = setting(False, "the same bits on 1, 2, 4, 8 ... ranks; costs more traffic between ranks")
     recompute: str = setting("none", "activations to recompute in backward, to save memory", False, choices=RECOMPUTE)
     compile: bool = setting(False, "torch.compile every block")
     kernels: str = setting(
-        "auto",
-        "implementation of the hot paths: triton, torch (the reference), or auto: triton on a GPU",
-        False,
-        choices=backend.KERNELS,
+        "auto", "hot paths in Triton or torch; auto: Triton on a GPU", False, choices=backend.KERNELS
     )
     gelu: str = setting("tanh", "GELU of training: tanh as published, or none: exact erf", choices=["tanh", "none"])
     keep_state: int = setting(2, "how many of the newest checkpoints keep the state that resuming needs", False)
