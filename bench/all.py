@@ -6,7 +6,7 @@
 Every piece is a process with a time limit, and leaves NAME.json and NAME.log in a directory named after the GPU. One
 that fails is named with the last line of its log, and the others go on. A piece is not run again as long as its file is
 whole and the code and the machine are those that made it: all.json notes that. Then `python -m bench.report` puts the
-speeds into README.md. On a CPU the shapes are small, to show that it works.
+speeds into docs/speed.md. On a CPU the shapes are small, to show that it works.
 """
 
 import hashlib
@@ -235,7 +235,7 @@ def main() -> None:
     print("\n".join(summary(records)))
     if any(record["state"] == "failed" for record in records.values()):
         raise UserError(f"some pieces failed: the same line runs them again; see {out}/NAME.log")
-    print("python -m bench.report puts the speeds into README.md")
+    print("python -m bench.report puts the speeds into docs/speed.md")
 
 
 def summary(records: dict[str, dict]) -> list[str]:

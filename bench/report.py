@@ -1,4 +1,4 @@
-"""From the JSON of a measurement to text: the table of bench.step, and those of README.md and bench/README.md.
+"""From the JSON of a measurement to text: the table of bench.step, and those of docs/speed.md and bench/README.md.
 
     python -m bench.report             write the tables of both from the files of bench/results/
     python -m bench.report --check     fail if they do not say what the files say
@@ -9,6 +9,7 @@ No number is in them that is not in a file, or computed from some that are.
 import json
 import re
 import sys
+from os.path import relpath
 from pathlib import Path
 
 from bench.peers import PACKAGES
@@ -89,7 +90,7 @@ def aligned(rows: list[dict[str, str]]) -> list[str]:
     ]
 
 
-# README.md and bench/README.md
+# docs/speed.md and bench/README.md
 
 
 def results(folder: Path) -> dict[Path, dict]:
@@ -115,7 +116,7 @@ def results(folder: Path) -> dict[Path, dict]:
 
 
 def readme_table(found: dict[Path, dict], base: Path) -> str:
-    """The table of README.md, a line for each comparison: every number in it is of the file that the line links to."""
+    """The table of docs/speed.md, a line for each comparison: every number is of the file that the line links to."""
     asked = {peer for report in found.values() for peer in report["settings"]["against"]}
     peers = [peer for peer in PACKAGES if peer in asked]
     head = ("machine", "Pythia", "tokens a step", "tokens/s", *peers, "MFU", "memory", "file")
@@ -135,7 +136,7 @@ def readme_table(found: dict[Path, dict], base: Path) -> str:
                 *(_times(records, peer, rate) for peer in peers),
                 _share(report, rate),
                 _memory(records),
-                f"[{path.name}]({path.relative_to(base).as_posix()})",
+                f"[{path.name}]({Path(relpath(path, base)).as_posix()})",
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -197,7 +198,7 @@ def main() -> None:
             path.write_text(new)
 
 
-TABLES = {"README.md": readme_table, "bench/README.md": whole_tables}
+TABLES = {"docs/speed.md": readme_table, "bench/README.md": whole_tables}
 
 
 def replace_table(text: str, table: str) -> str:
