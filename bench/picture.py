@@ -42,7 +42,7 @@ def draw(run: Path, saved: list[int], prompt: str, out: Path) -> None:
     left.plot([r["step"] * thousands for r in records], [r["loss"] for r in records], color=BLUE, lw=1.8)
     left.plot([step * thousands for step in saved], [0] * len(saved), "^", color=GREY, ms=5, clip_on=False, zorder=3)
     for step in shown:
-        left.annotate(f"step{step}", (step * thousands, 0), (0, 6), None, "offset points", ha="center", fontsize=8)
+        left.annotate(f"step{step}", (step * thousands, 0), (0, 6), "data", "offset points", ha="center", fontsize=8)
     left.set(xlabel="thousand tokens seen (▲ checkpoint)", ylim=(0, None), xlim=(0, None), axisbelow=True)
     left.set_title(f"Pythia-{settings['size']}: loss, nats per token", weight="bold", fontsize=10)
     left.spines[["top", "right", "left"]].set_visible(False)
