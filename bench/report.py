@@ -1,6 +1,6 @@
-"""Tables of the results of bench.step: its own table, and those of README.md and bench/README.md.
+"""Tables of the results of bench.step: its own table, and those of docs/speed.md and bench/README.md.
 
-    python -m bench.report             write the tables of both READMEs from the files of bench/results/
+    python -m bench.report             write both tables from the files of bench/results/
     python -m bench.report --check     fail if a table is not up to date
 
 Every number in a table is in a file of results, or is computed from numbers that are.
@@ -9,6 +9,7 @@ Every number in a table is in a file of results, or is computed from numbers tha
 import json
 import re
 import sys
+from os.path import relpath
 from pathlib import Path
 
 from bench.peers import PACKAGES
@@ -93,7 +94,7 @@ def aligned(rows: list[dict[str, str]]) -> list[str]:
     ]
 
 
-# README.md and bench/README.md
+# docs/speed.md and bench/README.md
 
 
 def results(folder: Path) -> dict[Path, dict]:
@@ -119,7 +120,7 @@ def results(folder: Path) -> dict[Path, dict]:
 
 
 def readme_table(found: dict[Path, dict], base: Path) -> str:
-    """The table of README.md. Each line is one comparison and links to the file that has its numbers."""
+    """The table of docs/speed.md. Each line is one comparison and links to the file that has its numbers."""
     asked = {peer for report in found.values() for peer in report["settings"]["against"]}
     peers = [peer for peer in PACKAGES if peer in asked]
     head = ("machine", "Pythia", "tokens a step", "tokens/s", *peers, "MFU", "memory", "file")
@@ -139,7 +140,7 @@ def readme_table(found: dict[Path, dict], base: Path) -> str:
                 *(_times(records, peer, rate) for peer in peers),
                 _mfu(report, rate),
                 _memory(records),
-                f"[{path.name}]({path.relative_to(base).as_posix()})",
+                f"[{path.name}]({Path(relpath(path, base)).as_posix()})",
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -201,7 +202,7 @@ def main() -> None:
             path.write_text(new)
 
 
-TABLES = {"README.md": readme_table, "bench/README.md": whole_tables}
+TABLES = {"docs/speed.md": readme_table, "bench/README.md": whole_tables}
 
 
 def replace_table(text: str, table: str) -> str:

@@ -1,0 +1,77 @@
+"""README.md and docs/: every path that they name exists, and every flag is one of the command it is given to."""
+
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from bench import picture
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND = re.compile(r"(?:-m )?\b(bench\.\w+|\w+\.py)((?: [a-z]+\b)?)(.*)")
+
+
+def paths(page: Path) -> set[str]:
+    """Targets of relative links, files and folders in backquotes, and those that begin a line of an indented block."""
+    text = page.read_text()
+    links = {target for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in target}
+    named = re.findall(r"`([\w/.-]+(?:\.py|\.sh|\.md|/))`", text) + re.findall(r"^ {4}([\w/]+(?:\.py|/)) ", text, re.M)
+    of_a_run = {"state/", "stepN/"}
+    return {str((page.parent / link).resolve()) for link in links} | {str(ROOT / name) for name in {*named} - of_a_run}
+
+
+def commands(page: Path) -> set[tuple[str, str, str]]:
+    """(script or module, its subcommand or "", flag) of every command on a page."""
+    text = page.read_text().replace("\\\n", " ")
+    lines = re.findall(r"^ {4}.*$", text, re.M) + re.findall(r"`([^`\n]+)`", text)
+    found = [match.groups() for line in lines for match in COMMAND.finditer(line.split("  #")[0])]
+    return {(name, sub.strip(), flag) for name, sub, rest in found for flag in re.findall(r"--[a-z][a-z-]+", rest)}
+
+
+@cache
+def help_of(name: str, sub: str) -> str:
+    start = [name] if name.endswith(".py") else ["-m", name]
+    command = [sys.executable, *start, *filter(None, [sub]), "--help"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paths_exist(page):
+    assert [path for path in sorted(paths(page)) if not Path(path).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_exist(page):
+    unknown = [c for c in sorted(commands(page)) if not re.search(rf"{c[2]}(?![\w-])", help_of(*c[:2]))]
+    assert unknown == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_without_a_command_exist(page):
+    """`--bitwise` alone, as a sentence names it: a flag of train.py, data.py or torchrun."""
+    known = help_of("train.py", "") + help_of("data.py", "prepare") + help_of("torch.distributed.run", "")
+    known = known.replace("_", "-")
+    flags = re.findall(r"`(--[a-z-]+)", page.read_text())
+    assert [flag for flag in flags if not re.search(rf"{flag}(?![\w-])", known)] == []
+
+
+def test_the_readme_names_commands():
+    """The patterns above find what they are meant to check."""
+    found = commands(ROOT / "README.md")
+    assert {("train.py", "", "--demo"), ("data.py", "view", "--row"), ("bench.picture", "", "--out")} <= found
+    assert {str(ROOT / name) for name in ("docs/demo.png", "docs/exact.md", "kernels")} <= {
+        path.rstrip("/") for path in paths(ROOT / "README.md")
+    }
+
+
+def test_the_picture_is_drawn(run, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(picture, "COLUMNS", 4)
+    picture.draw(run("--steps", "2"), [0, 1, 2], "ab", tmp_path / "run.png")
+    assert (tmp_path / "run.png").stat().st_size > 10_000
