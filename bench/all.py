@@ -104,8 +104,8 @@ def step_that_fits(size: str, seconds: float, gpu_memory: float) -> Piece:
             shape = "--batch", f"{batch}", "--recompute", recompute, "--rounds", "3"
             return step(size, seconds, *shape, "--against", against, *eager)
         least = min(least, needed)
-    obstacle = f"needs {least / 1e9:.0f} GB by the plan, {report.USABLE * gpu_memory / 1e9:.0f} can be used"
-    return Piece(f"step-{size}", 0, obstacle=obstacle)
+    lack = f"takes {least / 1e9:.0f} GB by the plan, {report.USABLE * gpu_memory / 1e9:.0f} can be used"
+    return Piece(f"step-{size}", 0, obstacle=lack)
 
 
 # Running them
@@ -238,7 +238,7 @@ def main() -> None:
     print("\n".join(summary(records)))
     if any(record["state"] == "failed" for record in records.values()):
         raise UserError(f"some pieces failed: see {out}/NAME.log; the same command runs them again")
-    print("now python -m bench.report writes the tables of speeds")
+    print("python -m bench.report puts the speeds into README.md")
 
 
 def summary(records: dict[str, dict]) -> list[str]:

@@ -188,7 +188,7 @@ def projection_ops(name: str, spec: StepSpec) -> list[Op]:
 
     return [
         Op(f"{name} forward", layers, floor, partial(_forward, linear, inputs)),
-        Op(f"{name} d_input", layers, floor, partial(_forward, product, d_input)),  # as the backward of linear calls it
+        Op(f"{name} d_input", layers, floor, partial(_forward, product, d_input)),  # as backward of linear calls it
         Op(f"{name} d_weight", layers, floor, partial(_backward, linear, partial(inputs, grad=False))),
     ]
 
