@@ -238,7 +238,7 @@ def main() -> None:
     print("\n".join(summary(records)))
     if any(record["state"] == "failed" for record in records.values()):
         raise UserError(f"some pieces failed: see {out}/NAME.log; the same command runs them again")
-    print("now python -m bench.report writes the tables of speeds")
+    print("python -m bench.report puts the speeds into README.md")
 
 
 def summary(records: dict[str, dict]) -> list[str]:

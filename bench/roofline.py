@@ -54,6 +54,7 @@ from model import SIZES, Config
 from parallel.gradients import Gradients
 from plan.time import peak_flops
 from runtime.errors import Parser, UserError, run_command
+from runtime.files import atomic_write
 from runtime.host import reuse_freed_memory
 from runtime.ranks import Dist
 from step import Step, make_optimizer
@@ -132,6 +133,10 @@ class StepSpec(NamedTuple):
 
     def ids(self) -> Tensor:
         return torch.randint(self.config.vocab, (self.batch, self.config.seq_len), device=self.device)
+
+
+# These are for Op.build: they make the inputs of `function` by make(), and time its forward pass, its backward pass, or
+# both. They return the function to time and its setup.
 
 
 def _forward(function: Callable, make: Callable[[], tuple[Tensor, ...]]):
@@ -235,14 +240,16 @@ def network_ops(spec: StepSpec) -> list[Op]:
         return spec.draw(spec.tokens, hidden), spec.draw(vocab, hidden, dtype=torch.float32), spec.ids().flatten()
 
     def pair(name: str, calls: int, floors: tuple[Floor, Floor], function: Callable, make: Callable) -> list[Op]:
-        passes = ("forward", _forward), ("backward", _backward)
-        return [Op(f"{name} {p}", calls, f, partial(of, function, make)) for (p, of), f in zip(passes, floors)]
+        return [
+            Op(f"{name} forward", calls, floors[0], partial(_forward, function, make)),
+            Op(f"{name} backward", calls, floors[1], partial(_backward, function, make)),
+        ]
 
     def floors(floor_of: Callable) -> tuple[Floor, Floor]:
         return floor_of(config, batch, "forward", itemsize), floor_of(config, batch, "backward", itemsize)
 
-    def moved(forward: int, backward: int) -> tuple[Floor, Floor]:
-        """Floors of ops that read and write the residual stream so many times."""
+    def stream_io(forward: int, backward: int) -> tuple[Floor, Floor]:
+        """Floors of an op whose passes read or write a tensor of the residual stream this many times."""
         return Floor(0, forward * stream * itemsize), Floor(0, backward * stream * itemsize)
 
     embedding_floors = Floor(0, stream * (4 + itemsize)), Floor(0, stream * itemsize + 4 * table)
@@ -250,12 +257,12 @@ def network_ops(spec: StepSpec) -> list[Op]:
     attention = partial(attention_inputs, config, batch, torch.empty(0, dtype=spec.dtype, device=spec.device))
     return [
         *pair("embedding", 1, embedding_floors, embedding, embedding_inputs),
-        *pair("first norms", 1, moved(3, 5), first_norms, lambda: streams(1, 4)),  # x; u, v | x, dx', du, dv; dx
+        *pair("first norms", 1, stream_io(3, 5), first_norms, lambda: streams(1, 4)),  # x; u, v and x, dx', du, dv; dx
         *pair("add_dual_layer_norm", layers - 1, floors(layer_norm_floor), norms, lambda: streams(3, 5)),
         *(op for name in projections(config) for op in projection_ops(name, spec)),
         *pair("rotary_attention", layers, floors(attention_floor), rotary_attention, attention),
         *pair("bias_gelu", layers, floors(gelu_floor), gelu, lambda: (spec.activation(ffn), *spec.vectors(ffn))),
-        *pair("last norm", 1, moved(5, 3), last_norm, lambda: streams(3, 3)),  # x, attn, mlp; x', u | x', du; dx
+        *pair("last norm", 1, stream_io(5, 3), last_norm, lambda: streams(3, 3)),  # x, attn, mlp; x', u and x', du; dx
         Op("linear_cross_entropy", 1, loss_floor, partial(_both, linear_cross_entropy, loss_inputs)),
     ]
 
@@ -292,16 +299,16 @@ def update_ops(spec: StepSpec, step: Step) -> list[Op]:
                 gradient.to(weight.dtype)
 
     def update() -> None:
-        step.optimizer.grad_scale = one  # AdamW divides the gradients by it in place: keep them
+        step.optimizer.grad_scale = one  # AdamW divides the gradients by it in place; 1 keeps them
         step.optimizer.step()
 
-    def moved(read: dict[Tensor, Tensor], others: int) -> int:
-        """Bytes: of reading these tensors, and `others` for each of their elements."""
+    def bytes_of(read: dict[Tensor, Tensor], others: int) -> int:
+        """Bytes to read these tensors, plus `others` bytes for each of their elements."""
         return sum((tensor.itemsize + others) * tensor.numel() for tensor in read.values())
 
     calls = [
-        ("cast of weights", moved(rounded, 4), cast_weights),
-        ("sum of gradients", moved(added, 8 if step.graph else 4), accumulate),
+        ("cast of weights", bytes_of(rounded, 4), cast_weights),
+        ("sum of gradients", bytes_of(added, 8 if step.graph else 4), accumulate),
         ("norm of gradients", 4 * count, step.gradients.squared_norm),
         ("clipping and AdamW", 28 * count, update),
         ("zeroing of gradients", 4 * count if step.graph else 0, partial(step.optimizer.zero_grad, set_to_none=False)),
@@ -353,18 +360,17 @@ def measure_step(spec: StepSpec, ops: list[Op], step: Step, flush: Callable) -> 
 
 def row(op: Op, seconds: list[float], ceilings: Floor) -> dict:
     """What is reported of an op: totals of all its calls in a step, and the spread of one call."""
-    flops, size = op.calls * op.floor.flops, op.calls * op.floor.bytes
-    least = {"flops": flops / ceilings.flops, "bytes": size / ceilings.bytes}
-    bound = max(least, key=least.get)
+    floor = Floor(op.calls * op.floor.flops, op.calls * op.floor.bytes)
+    least, bound = floor.least_seconds(*ceilings)
     return {
         "op": op.name,
         "calls": op.calls,
         "seconds": op.calls * median(seconds),
         "call_seconds": {"min": min(seconds), "median": median(seconds), "max": max(seconds), "rounds": len(seconds)},
-        "flops": flops,
-        "bytes": size,
+        "flops": floor.flops,
+        "bytes": floor.bytes,
         "bound": bound,
-        "floor_seconds": least[bound],
+        "floor_seconds": least,
     }
 
 
@@ -436,7 +442,8 @@ def run(s: Namespace, command: str) -> None:
         report["products"] += [{"size": size} | r for r in matmuls]
         report["rows"] += [{"size": size} | r for r in rows]
         if s.json:
-            s.json.write_text(json.dumps(report, indent=1) + "\n")
+            with atomic_write(s.json, "w") as file:
+                file.write(json.dumps(report, indent=1) + "\n")
         shape = f"{s.batch} x {s.seq_len} tokens a step, {s.precision}"
         print(text(f"Pythia {size}, {shape}", matmuls, attention, rows, step), flush=True)
         if s.plot:

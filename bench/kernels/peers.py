@@ -34,6 +34,12 @@ class Floor(NamedTuple):
     flops: float
     bytes: float
 
+    def least_seconds(self, flops_per_s: float, bytes_per_s: float) -> tuple[float, str]:
+        """The least time at these rates, and which of them determines it: "flops" or "bytes"."""
+        seconds = {"flops": self.flops / flops_per_s, "bytes": self.bytes / bytes_per_s}
+        bound = max(seconds, key=seconds.get)
+        return seconds[bound], bound
+
 
 def compiled(arm: Arm) -> Arm:
     """The arm under torch.compile, for this one shape."""

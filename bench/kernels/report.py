@@ -41,18 +41,17 @@ GOALS: dict[tuple[str, str, str, str], tuple[str, float]] = {
 def metrics(seconds: float, floor: Floor, ceilings: dict[str, float], peak_bytes: int | None) -> dict:
     """What is reported of a measured arm.
 
-    bound        "flops" or "bytes": whichever takes the device longer, at its ceilings, for the work of the floor
-    ceiling      the time for that work at the ceiling, over the measured time
+    bound        "flops" or "bytes": which of them determines the least time of the floor at the ceilings
+    ceiling      this least time over the measured time
     peak_bytes   above the inputs; for backward it includes the forward pass before it
     """
-    least = {"flops": floor.flops / ceilings["flops_per_s"], "bytes": floor.bytes / ceilings["bytes_per_s"]}
-    bound = max(least, key=least.get)
+    least, bound = floor.least_seconds(**ceilings)
     return {
         "seconds": seconds,
         "bytes_per_s": floor.bytes / seconds,
         "flops_per_s": floor.flops / seconds,
         "bound": bound,
-        "ceiling": least[bound] / seconds,
+        "ceiling": least / seconds,
         "peak_bytes": peak_bytes,
         "ceilings": ceilings,
     }
