@@ -39,7 +39,15 @@ def shard_weights(model: Pythia, shard: str, dist: Dist, dtype: torch.dtype) -> 
     """
     if not torch_dist.is_initialized():
         return
-    mesh = device_mesh(shard, dist)
+    shape = {"parts": dist.world_size}  # the ranks as [copies, parts]: copies of the model, divided into parts
+    if shard == "none":
+        shape = {"copies": dist.world_size, "parts": 1}
+    elif shard == "hybrid":
+        nodes = dist.all_gather(torch.tensor(dist.local_world_size)).tolist()
+        if len(set(nodes)) > 1:
+            raise UserError(f"--shard hybrid needs as many ranks on every node, not {min(nodes)} to {max(nodes)}")
+        shape = {"copies": dist.world_size // dist.local_world_size, "parts": dist.local_world_size}
+    mesh = init_device_mesh(dist.device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype,
         reduce_dtype=torch.float32,
@@ -52,19 +60,6 @@ def shard_weights(model: Pythia, shard: str, dist: Dist, dtype: torch.dtype) -> 
     for module in sharded_modules(model):  # sum, not mean: the loss is already divided by the number of micro-batches
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-
-
-def device_mesh(shard: str, dist: Dist) -> torch_dist.DeviceMesh:
-    """All ranks, arranged as [copies, parts]: the ranks of a row hold different parts of the same copy of the model."""
-    shape = {"parts": dist.world_size}
-    if shard == "none":
-        shape = {"copies": dist.world_size, "parts": 1}
-    elif shard == "hybrid":
-        nodes = dist.all_gather(torch.tensor(dist.local_world_size)).tolist()
-        if len(set(nodes)) > 1:
-            raise UserError(f"--shard hybrid needs as many ranks on every node, not {min(nodes)} to {max(nodes)}")
-        shape = {"copies": dist.world_size // dist.local_world_size, "parts": dist.local_world_size}
-    return init_device_mesh(dist.device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
 
 
 def sharded_modules(model: Pythia) -> list[FSDPModule]:

@@ -13,17 +13,15 @@ from runtime.ranks import Dist
 class Gradients:
     """Sums the gradients of a step over its micro-steps and over ranks.
 
-    Call `set_sync` before the backward pass of every micro-step and `accumulate` after it. After the last one .grad of
-    every parameter holds the sum for the rows that this rank holds.
+    Call `set_sync` before the backward pass of every micro-step and `accumulate` after it. In the end .grad of every
+    parameter is the sum for the rows that this rank holds. whole: a rank adds up gradients of all weights, 4 bytes a
+    parameter, and FSDP2 reduces them after the last micro-step. Otherwise FSDP2 reduces them after every micro-step,
+    and a rank keeps only its part of the sum.
 
-    whole=True: a rank adds up gradients of all weights, 4 bytes a parameter, and FSDP2 reduces them after the last
-    micro-step. whole=False: it reduces them after every micro-step, and a rank keeps only its part of the sum.
-
-    bitwise=True: the sum has the same bits on every number of ranks that is a power of two. Micro-step i computes the
-    gradients of micro-batches world_size * i to world_size * (i + 1) - 1 of the batch, one a rank. All gradients of a
-    step are added along one binary tree: neighbours first, then neighbouring pairs, and so on. TreeReduceScatter adds
-    the lower levels, among ranks. `accumulate` adds the upper levels, as a binary counter carries: at most
-    log2(micro_steps) + 1 sums are alive, each of the rows that this rank holds.
+    bitwise: the sum has the same bits on every number of ranks that is a power of two. The gradients of all
+    micro-batches are added along one binary tree: neighbours, then neighbouring pairs, and so on. In micro-step i the
+    ranks compute micro-batches world_size * i, world_size * i + 1, ... TreeReduceScatter adds these: the lower levels.
+    `accumulate` adds the upper levels, as a binary counter carries: at most log2(micro_steps) + 1 sums are alive.
     """
 
     def __init__(self, model: Pythia, dist: Dist, shard: str, whole: bool = True, bitwise: bool = False):

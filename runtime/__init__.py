@@ -1,1 +1,1 @@
-"""What any long-running program of many processes needs; nothing here knows Pythia."""
+"""What every long-running program with many processes needs. Nothing here knows Pythia."""

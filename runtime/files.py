@@ -9,9 +9,9 @@ from typing import IO
 
 @contextmanager
 def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO]:
-    """Open a file for writing that replaces `path` when the block ends; after an error nothing has changed.
+    """Open a file that replaces `path` when the block ends. After an error `path` has not changed.
 
-    The data goes to `.NAME.PID.tmp` beside it, is flushed to the disk, and is renamed. Raises OSError.
+    The data is written to `.NAME.PID.tmp` in the same directory, flushed to the disk, and renamed. Raises OSError.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -32,8 +32,8 @@ LOST_CONTACT = re.compile(  # what gloo, NCCL and torch's store say when another
 
 @dataclass(frozen=True)
 class Dist:
-    """This process and its connections to the other ranks. All methods but print and claim_error_report are collective:
-    every rank must call them."""
+    """This process and its connection to the other ranks. All ranks must make the same calls of its methods, except of
+    `print` and `claim_error_report`."""
 
     rank: int = 0
     world_size: int = 1
@@ -74,11 +74,9 @@ class Dist:
 
     def all_gather_str(self, text: str) -> list[str]:
         """All-gather one string per rank. (all_gather_object would use pickle.)"""
-        mine = torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8)
-        lengths = self.all_gather(torch.tensor(len(mine))).tolist()
-        padded = torch.zeros(max(lengths), dtype=torch.uint8)
-        padded[: len(mine)] = mine
-        return [row[: n - 1].numpy().tobytes().decode() for row, n in zip(self.all_gather(padded), lengths)]
+        length = int(self.all_reduce_max(torch.tensor(len(text.encode()) + 1)))
+        padded = torch.frombuffer(bytearray(text.encode().ljust(length, b"\0")), dtype=torch.uint8)
+        return [row.numpy().tobytes().rstrip(b"\0").decode() for row in self.all_gather(padded)]
 
     def claim_error_report(self, topic: str) -> bool:
         """True on the first rank that asks; the others stay silent, so that an error is printed once."""
@@ -173,7 +171,7 @@ def _unused_part(store: torch_dist.Store, rank: int, world_size: int) -> torch_d
 
 
 def lost_contact(error: BaseException | None) -> str:
-    """The first sentence of an error of torch that means that another process or the network failed; else ''."""
+    """The first sentence of an error of torch if it says that another process or the network failed, else ""."""
     lost = isinstance(error, RuntimeError) and LOST_CONTACT.search(str(error))
     return re.split(r"\n|\. ", str(error))[0] if lost else ""
 

@@ -1,7 +1,7 @@
 """Names the rank that hangs: when one rank stops, all others wait for it in a collective, which names nobody.
 
-About once a second every rank posts a beat in torchrun's store: where its loop is, and for how many beats. (Counting
-seconds would give a false alarm after the whole job was suspended.) A rank that stalls for the timeout reads all beats:
+Every second every rank posts a beat in torchrun's store: where its loop is, and for how many beats it has been there.
+(Beats, because seconds give a false alarm after the whole job was suspended.) A rank that stalls reads all beats:
 
     the loop of some rank still moves    that rank is slow, and the others wait for it
     a rank posts no new beats            its process is stopped or dead, or its machine is cut off

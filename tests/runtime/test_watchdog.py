@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,23 @@ def test_a_rank_that_is_behind_is_named(launch):
 @pytest.mark.slow
 def test_a_slow_rank_is_waited_for(launch):
     lines, _, status = launch(2, "slow", 3)
+    assert (errors(lines), lines.count("finished"), status) == ([], 2, 0)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_suspended_as_a_whole_goes_on(launch):
+    """All processes stop for longer than the timeout: beats do not count this time."""
+
+    def event(line: str, torchrun: subprocess.Popen, pid: int) -> None:
+        if line.startswith("process"):
+            children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+            assert str(pid) in children
+            for number, pause in ((signal.SIGSTOP, 6), (signal.SIGCONT, 0)):
+                for process in (torchrun.pid, *map(int, children)):
+                    os.kill(process, number)
+                time.sleep(pause)
+
+    lines, _, status = launch(2, "nothing", 4, event=event)
     assert (errors(lines), lines.count("finished"), status) == ([], 2, 0)
 
 
