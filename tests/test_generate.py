@@ -64,7 +64,7 @@ def draw(logits, temperature, top_k, times):
 
 
 def deviations(counts, probabilities):
-    """Distance of the counts' chi-square statistic from its mean, in standard deviations, if the probabilities are right."""
+    """Standard deviations between the chi-square statistic of the counts and its mean under these probabilities."""
     expected = probabilities * counts.sum()
     assert (counts[expected == 0] == 0).all()
     counts, expected = counts[expected > 0], expected[expected > 0]
