@@ -55,11 +55,11 @@ def read_manifest(directory: Path) -> dict:
         text = path.read_bytes()
         manifest = json.loads(text)
         if manifest["format"] == 1:
-            raise UserError(f"{path} has format 1, which is no longer supported: start again with another --out")
+            raise UserError(f"{path} has format 1, which is no longer read: start again with another --out")
         if text != _serialize(manifest):
             raise ValueError("its content does not match its checksum")
         if manifest["format"] != FORMAT or f"step{manifest['step']}" != directory.resolve().name:
-            raise ValueError(f"format {manifest['format']}, step {manifest['step']}")
+            raise ValueError(f"format {manifest['format']!r}, step {manifest['step']!r}")
         for name, entry in manifest["files"].items():
             tensors = entry.get("tensors", {})
             valid_types = isinstance(entry["bytes"], int) and isinstance(tensors, dict)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.manifest import CHUNK_BYTES, COUNTERS, FORMAT, checksums, drop_old_state, write_manifest
-from checkpoints.resume import MOMENTS, find_rows, read_rows, state_shapes
+from checkpoints.resume import find_rows, read_rows, state_shapes
 from model import Pythia
 from model.huggingface import Export, huggingface_name, model_files, write_description, write_tensors
 from parallel.fsdp import local, local_rows, saved_rows
@@ -56,9 +56,10 @@ class Saver:
         self.export, self.keep_state, self.heartbeat = export, keep_state, heartbeat
         self.dist = dist.with_own_group()
         self.parameters = dict(model.named_parameters())
-        self.rows = {name: saved_rows(p) for name, p in self.parameters.items()}
-        shapes = {huggingface_name(name): tuple(p.shape) for name, p in self.parameters.items()}
-        self.model_files = model_files(shapes, export.dtype)
+        self.shapes = state_shapes(self.parameters)
+        self.rows = {key: saved_rows(self.parameters[key.partition("/")[2]]) for key in self.shapes}  # of this rank
+        model_shapes = {huggingface_name(name): tuple(p.shape) for name, p in self.parameters.items()}
+        self.model_files = model_files(model_shapes, export.dtype)
         self.snapshot: dict[str, Tensor] = {}  # host memory: the rows that this rank writes
         self.stream = torch.cuda.Stream() if dist.device.type == "cuda" else None
         self.copied = Event()
@@ -108,23 +109,22 @@ class Saver:
 
         None stands for zeros: the optimizer has no state before the first update.
         """
-        states = [self.optimizer.state.get(p, {}) for p in self.parameters.values()]
-        steps = [state["step"] for state in states if state]
+        states = {name: self.optimizer.state.get(p, {}) for name, p in self.parameters.items()}
+        steps = [state["step"] for state in states.values() if state]
         tensors = {"steps": torch.stack(steps) if steps else None}
-        for (name, p), state in zip(self.parameters.items(), states):
-            rows, offset = self.rows[name], local_rows(p).start
-            for kind, value in (("weight", p), *((moment, state.get(moment)) for moment in MOMENTS)):
-                mine = None if value is None else local(value.detach())[rows.start - offset : rows.stop - offset]
-                tensors[f"{kind}/{name}"] = mine
+        for key, rows in self.rows.items():
+            kind, _, name = key.partition("/")
+            p = self.parameters[name]
+            first = local_rows(p).start
+            value = p if kind == "weight" else states[name].get(kind)
+            tensors[key] = None if value is None else local(value.detach())[rows.start - first : rows.stop - first]
         return tensors
 
     def _copy(self, tensors: dict[str, Tensor | None]) -> None:
         """Copy the tensors to the snapshot. Its memory is allocated once; a GPU copies to it beside other kernels."""
         if not self.snapshot:
             shapes = {"steps": (len(self.parameters),)}
-            for key, shape in state_shapes(self.parameters).items():
-                rows = self.rows[key.partition("/")[2]]
-                shapes[key] = (rows.stop - rows.start, *shape[1:])
+            shapes |= {key: (rows.stop - rows.start, *self.shapes[key][1:]) for key, rows in self.rows.items()}
             sizes = [math.prod(shape) for shape in shapes.values()]
             memory = torch.empty(sum(sizes))
             if self.stream:
@@ -146,16 +146,6 @@ class Saver:
     # The thread
 
     def _save(self, step: int, tensors: dict[str, Tensor | None], counters: dict) -> None:
-        try:
-            if self.stream:
-                torch.cuda.set_device(self.dist.device)  # a new thread starts with device 0
-            self._write(step, tensors, counters)
-        except BaseException as error:  # finish() raises it
-            self.error = error
-        finally:
-            self.copied.set()
-
-    def _write(self, step: int, tensors: dict[str, Tensor | None], counters: dict) -> None:
         final, temporary, files = self.run / f"step{step}", self.run / f".step{step}.tmp", {}
         stages = {
             "copying weights and moments": lambda: self._begin(final, temporary, tensors),
@@ -164,17 +154,21 @@ class Saver:
             "completing the checkpoint": lambda: self._complete(final, temporary, step, counters, files),
         }
         try:
+            if self.stream:
+                torch.cuda.set_device(self.dist.device)  # a new thread starts with device 0
             for doing, stage in stages.items():
                 self.heartbeat(step, doing)
                 files |= self._together(stage, f"{final} could not be saved, earlier checkpoints are whole")
-        except UserError:
-            if self.dist.is_main:
+            self.dist.print(f"saved {final}")
+            self.heartbeat(step, "dropping older state")
+            drop = partial(drop_old_state, self.run, step, self.keep_state) if self.dist.is_main else dict
+            self._together(drop, f"{final} is saved, but older state cannot be removed")
+        except BaseException as error:  # finish() raises it
+            self.error = error
+            if isinstance(error, UserError) and self.dist.is_main:
                 _give_up(final, temporary)
-            raise
-        self.dist.print(f"saved {final}")
-        self.heartbeat(step, "dropping older state")
-        drop = partial(drop_old_state, self.run, step, self.keep_state) if self.dist.is_main else dict
-        self._together(drop, f"{final} is saved, but older state cannot be removed")
+        finally:
+            self.copied.set()
 
     def _together(self, stage: Callable[[], dict | None], complaint: str) -> dict:
         """Run a stage on all ranks. Returns their results, merged; raises UserError on all if one failed."""
@@ -217,12 +211,9 @@ class Saver:
         if self.stream:
             self.stream.synchronize()
         file = f"state/part-{self.dist.rank + 1:05}-of-{self.dist.world_size:05}.safetensors"
-        shapes, notes = {}, {}
-        for key, shape in state_shapes(self.parameters).items():
-            rows = self.rows[key.partition("/")[2]]
-            if rows.start < rows.stop:
-                shapes[key] = tuple(self.snapshot[key].shape)
-                notes[key] = f"{rows.start}:{rows.stop} of {shape[0]}"
+        mine = {key: rows for key, rows in self.rows.items() if rows.start < rows.stop}
+        shapes = {key: tuple(self.snapshot[key].shape) for key in mine}
+        notes = {key: f"{rows.start}:{rows.stop} of {self.shapes[key][0]}" for key, rows in mine.items()}
 
         def pieces(key: str) -> Iterator[Tensor]:
             rows = self.snapshot[key]
@@ -235,7 +226,7 @@ class Saver:
         mine = list(self.model_files)[self.dist.rank :: self.dist.world_size]
         if not mine:
             return {}
-        stored = find_rows([temporary / file for file in parts], state_shapes(self.parameters))
+        stored = find_rows([temporary / file for file in parts], self.shapes)
         keys = {huggingface_name(name): f"weight/{name}" for name in self.parameters}
 
         def pieces(name: str) -> Iterator[Tensor]:
@@ -281,7 +272,7 @@ def _aside(final: Path) -> Path:
 
 
 def _give_up(final: Path, temporary: Path) -> None:
-    """Undo an unfinished save. What a failing disk refuses now, clean_up does at the next start."""
+    """Undo an unfinished save; a finished one stays. If the disk fails, clean_up tries again at the next start."""
     shutil.rmtree(temporary, ignore_errors=True)
     with suppress(OSError):
         if (aside := _aside(final)).exists() and not final.exists():

@@ -1,4 +1,4 @@
-"""Text: greedy tokens against transformers, drawing against the softmax, and the command with good and bad input."""
+"""Generation: greedy tokens against transformers, samples against the softmax, the command with good and bad input."""
 
 import math
 import os
@@ -25,12 +25,12 @@ TINY = replace(SIZES["14m"], vocab=384, layers=2)
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Small models are faster so, most of all on a busy machine."""
+    """Small models are faster with one thread, above all on a busy machine."""
     torch.set_num_threads(1)
 
 
-def lively(config, seed=0):
-    """A random model whose logits lie so far apart that the likeliest token is no accident, nor always the same."""
+def random_model(config, seed=0):
+    """A random model with logits so far apart that rounding does not decide the argmax, which varies with the input."""
     model = Pythia(config, seed)
     with torch.no_grad():
         for p in (model.embed, model.unembed):
@@ -40,16 +40,16 @@ def lively(config, seed=0):
 
 @pytest.fixture(scope="module")
 def tiny():
-    return lively(TINY)
+    return random_model(TINY)
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A saved model of the byte tokenizer's vocabulary, tokenizer included."""
+    """A saved model with the vocabulary of the byte tokenizer, and the tokenizer."""
     folder = tmp_path_factory.mktemp("generate")
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     vocab = byte_tokenizer().get_vocab_size()
-    save(lively(replace(TINY, vocab=vocab, seq_len=64)), folder / "model", tokenizer=folder / "tokenizer.json")
+    save(random_model(replace(TINY, vocab=vocab, seq_len=64)), folder / "model", tokenizer=folder / "tokenizer.json")
     return folder / "model"
 
 
@@ -64,7 +64,7 @@ def draw(logits, temperature, top_k, times):
 
 
 def deviations(counts, probabilities):
-    """How many standard deviations the chi-square statistic of the counts lies from its mean, if so distributed."""
+    """Standard deviations between the chi-square statistic of the counts and its mean under these probabilities."""
     expected = probabilities * counts.sum()
     assert (counts[expected == 0] == 0).all()
     counts, expected = counts[expected > 0], expected[expected > 0]
@@ -100,13 +100,13 @@ def test_greedy_as_transformers(tmp_path, tiny):
             pad_token_id=0,
         )[0, len(prompt) :].tolist()
         found += ours if (ours := greedy(tiny, prompt, 40)) else []
-        assert ours == [token for token in out if token != 0]  # theirs ends with id 0 if it comes
-    assert len(set(found)) > 20  # not one token for ever
+        assert ours == [token for token in out if token != 0]  # transformers includes a final id 0
+    assert len(set(found)) > 20  # more than one repeated token
 
 
 @pytest.mark.parametrize("parallel", [True, False])
 def test_cached_generation_is_the_argmax_of_full_passes(parallel):
-    model = lively(replace(TINY, parallel=parallel), seed=2).double()
+    model = random_model(replace(TINY, parallel=parallel), seed=2).double()
     ids = prompt = [9, 8, 7]
     for _ in range(25):
         with torch.no_grad():
@@ -121,7 +121,7 @@ def test_top_k_of_one_is_greedy(tiny):
 
 
 def test_generation_in_half_precision(tiny):
-    """A model in training computes in bfloat16 from float32 weights; one on disk may be float16 throughout."""
+    """A model in training computes in bfloat16 with float32 weights; a stored one may be float16 throughout."""
     model = Pythia(TINY)
     model.load_state_dict(tiny.state_dict())
     model.compute_dtype = torch.bfloat16
@@ -130,7 +130,7 @@ def test_generation_in_half_precision(tiny):
 
 
 def test_a_model_can_be_trained_after_it_has_generated():
-    """Nothing that inference made may be found by autograd: at a shape that no other test has cached."""
+    """Autograd must not meet tensors that inference mode cached. No other test uses this shape."""
     model = Pythia(replace(TINY, seq_len=77, rotary_base=777.0))
     tokens = torch.randint(1, 384, (2, 20), generator=torch.Generator().manual_seed(0))
     greedy(model, [1, 2, 3], 4)
@@ -138,7 +138,7 @@ def test_a_model_can_be_trained_after_it_has_generated():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-# Drawing
+# Sampling
 
 
 def test_seeds(tiny):
@@ -153,7 +153,7 @@ def test_seeds(tiny):
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("top_k", [0, 3, 12, 100])
-def test_draws_follow_the_softmax(temperature, top_k):
+def test_samples_follow_the_softmax(temperature, top_k):
     logits = torch.linspace(2, -2, 12)[torch.randperm(12, generator=torch.Generator().manual_seed(1))]
     exact = (logits.double() / temperature).exp()
     if 0 < top_k < 12:
@@ -161,11 +161,11 @@ def test_draws_follow_the_softmax(temperature, top_k):
     exact /= exact.sum()
     counts = draw(logits, temperature, top_k, 4000)
     assert deviations(counts, exact) < 4
-    assert deviations(counts, exact**2 / (exact**2).sum()) > 20  # half the temperature would be noticed
+    assert deviations(counts, exact**2 / (exact**2).sum()) > 20  # half the temperature would be rejected
 
 
 def test_generated_tokens_follow_the_model(tiny):
-    """The first token of many seeds, drawn among the eight likeliest."""
+    """The first token for many seeds, sampled among the eight most likely ids."""
     with torch.no_grad():
         logits = tiny(torch.tensor([[5, 6, 7]]))[0, -1].double()
     exact = torch.zeros_like(logits)
@@ -178,7 +178,7 @@ def test_generated_tokens_follow_the_model(tiny):
     assert deviations(counts, (exact > 0) / 8) > 10
 
 
-def test_it_ends_at_the_end_of_text(tiny, monkeypatch):
+def test_generation_ends_at_the_end_of_text(tiny, monkeypatch):
     planned = iter([7, 8, 0, 9])
     monkeypatch.setattr(generate, "sample", lambda *_: torch.tensor(next(planned)))
     assert list(generate.generate(tiny, [1], 10)) == [7, 8]
@@ -194,13 +194,13 @@ def test_it_ends_at_the_end_of_text(tiny, monkeypatch):
     assert len(greedy(tiny, [1], 10)) == 10
 
 
-def test_an_end_of_text_in_the_prompt_does_not_end_it(tiny):
+def test_an_end_of_text_in_the_prompt_does_not_end_generation(tiny):
     assert len(greedy(tiny, [0], 5)) == 5
 
 
 def test_beyond_the_trained_length():
-    """Positions go on: as a model of the same weights that was made for more of them."""
-    short, long = lively(replace(TINY, seq_len=16), seed=3), lively(replace(TINY, seq_len=128), seed=3)
+    """Positions continue: the text is that of a model with the same weights and a larger seq_len."""
+    short, long = random_model(replace(TINY, seq_len=16), seed=3), random_model(replace(TINY, seq_len=128), seed=3)
     prompt = [i % 300 + 1 for i in range(40)]
     assert greedy(short, prompt, 30) == greedy(long, prompt, 30)
     assert len(set(greedy(short, prompt, 30))) > 5
@@ -216,7 +216,7 @@ def command(*arguments, **options):
 
 @pytest.fixture
 def in_process(monkeypatch, capfd):
-    """in_process(*arguments) -> (status, out, err) of the command, without the seconds that a new process takes."""
+    """in_process(*arguments) -> (status, out, err) of the command, in this process, which is faster than a new one."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
@@ -247,7 +247,7 @@ PROMPT = "def é 日本 😀:\n"
 
 
 def test_command(directory, in_process):
-    """A process of its own: the prompt first, then the text of the generated ids, byte for byte."""
+    """A separate process prints the prompt and then the text of the generated ids, byte for byte."""
     arguments = ["--checkpoint", str(directory), "--prompt", PROMPT, "--tokens", "20", "--seed", "5"]
     done = command(*arguments, env={**os.environ, "PYTHONIOENCODING": "utf-8"})
     assert done.returncode == 0, done.stderr
@@ -260,7 +260,7 @@ def test_command(directory, in_process):
     assert text.endswith("\n")
     continuation, whole = text[len(PROMPT) : -1], tokenizer.decode(ids)
     assert whole.startswith(continuation)
-    assert len(whole) - len(continuation) <= 3  # of an unfinished character nothing is printed
+    assert len(whole) - len(continuation) <= 3  # an unfinished character is not printed
     assert in_process(*arguments) == (0, text, "")
 
 
@@ -280,7 +280,7 @@ def test_greedy_command(directory, in_process):
 
 
 def test_any_bytes_can_be_printed(directory, in_process):
-    """An untrained model writes bytes that are no UTF-8: text comes out all the same."""
+    """An untrained model generates bytes that are not UTF-8; the command prints text nevertheless."""
     for seed in range(12):
         status, out, err = in_process("--checkpoint", directory, "--prompt", "é", "--temperature", 3, "--seed", seed)
         assert status == 0
@@ -290,9 +290,9 @@ def test_any_bytes_can_be_printed(directory, in_process):
         assert "Traceback" not in err
 
 
-def test_ids_that_the_tokenizer_does_not_have(directory, tmp_path, in_process):
-    """Pythia's vocabulary is padded: the model may draw an id that stands for nothing."""
-    padded = lively(replace(TINY, vocab=1000))
+def test_ids_unknown_to_the_tokenizer(directory, tmp_path, in_process):
+    """Pythia's vocabulary is padded: the model may generate an id that has no text."""
+    padded = random_model(replace(TINY, vocab=1000))
     save(padded, tmp_path / "padded", tokenizer=directory / "tokenizer.json")
     status, out, err = in_process("--checkpoint", tmp_path / "padded", "--prompt", "a b", "--tokens", 60)
     assert (status, err) == (0, "")
@@ -327,7 +327,7 @@ def test_other_tokenizer(directory, tmp_path, in_process):
     given = ("--prompt", "x", "--tokens", 9, "--tokenizer", tmp_path / "mine.json")
     assert in_process("--checkpoint", alone, *given)[:2] == in_process("--checkpoint", directory, *given)[:2]
     refused(in_process("--checkpoint", alone, "--prompt", "x", "--tokenizer", tmp_path / "no.json"), "no.json")
-    save(lively(replace(TINY, vocab=50)), tmp_path / "small", tokenizer=tmp_path / "mine.json")
+    save(random_model(replace(TINY, vocab=50)), tmp_path / "small", tokenizer=tmp_path / "mine.json")
     refused(in_process("--checkpoint", tmp_path / "small", "--prompt", "z"), "tokenizer.json", "50")
 
 
@@ -371,7 +371,7 @@ def test_bad_argument(directory, in_process, flag, value):
 @pytest.mark.parametrize("temperature", ["1e-30", "1e-45", "1e-300", "1e30", "inf"])
 @pytest.mark.parametrize("top_k", ["0", "3"])
 def test_extreme_temperature(directory, in_process, temperature, top_k):
-    """Of next to nothing it is greedy, of infinity it draws evenly: neither ends in a traceback."""
+    """Near zero the command is greedy, at infinity it samples uniformly. Neither ends in a traceback."""
     line = ("--checkpoint", directory, "--prompt", "x", "--tokens", 9, "--top-k", top_k)
     result = in_process(*line, "--temperature", temperature)
     if temperature in ("1e30", "inf") and result[0]:
@@ -392,6 +392,6 @@ def test_wrong_directory(directory, tmp_path, in_process):
     refused(in_process("--checkpoint", directory / "config.json", "--prompt", "x"), "config.json")
 
 
-def test_prompt_that_is_no_text(directory, in_process):
-    """Bytes on a command line that are no UTF-8 reach Python as lone surrogates."""
+def test_prompt_that_is_not_text(directory, in_process):
+    """Command-line bytes that are not UTF-8 reach Python as lone surrogates."""
     refused(in_process("--checkpoint", directory, "--prompt", os.fsdecode(b"caf\xe9")), "prompt")

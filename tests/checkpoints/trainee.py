@@ -10,7 +10,7 @@ from threading import Barrier
 import pytest
 import torch
 
-from checkpoints import manifest, resume
+from checkpoints import manifest, resume, save
 from checkpoints.manifest import verify_checkpoint
 from checkpoints.resume import restore
 from checkpoints.save import Saver
@@ -71,10 +71,12 @@ class Trainee:
             return [Saver(*arguments, Dist(), export, **options)]
         board, barrier, savers = [None] * world, Barrier(world), []
         for rank in range(world):
-            saver = Saver(*arguments, ThreadRank(rank, world, board=board, meeting=barrier), export, **options)
-            for name, p in self.model.named_parameters():
-                saver.rows[name] = slice(len(p) * rank // world, len(p) * (rank + 1) // world)
-            savers.append(saver)
+            with pytest.MonkeyPatch.context() as patch:
+                share = lambda p, r=rank: slice(len(p) * r // world, len(p) * (r + 1) // world)  # noqa: E731
+                patch.setattr(save, "saved_rows", share)
+                savers.append(
+                    Saver(*arguments, ThreadRank(rank, world, board=board, meeting=barrier), export, **options)
+                )
         return savers
 
     def save(self, run, step, dtype=torch.float16, world=1, **options):

@@ -1,5 +1,5 @@
-"""Hugging Face directories: what we write opens in transformers 4 and 5, what they and others wrote opens here, and
-whatever else a directory may hold is one line."""
+"""Hugging Face directories: transformers 4 and 5 open ours, we open theirs and older ones, and any other directory is
+refused with one line."""
 
 import hashlib
 import json
@@ -33,12 +33,12 @@ MAJOR = int(transformers.__version__.split(".")[0])
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Small models are faster so, most of all on a busy machine."""
+    """Small models are faster with one thread, above all on a busy machine."""
     torch.set_num_threads(1)
 
 
 def trained_like(config, seed=3):
-    """A model whose biases and norms are not the trivial ones of initialisation."""
+    """A model whose biases and norms differ from their initial zeros and ones."""
     model = Pythia(config, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -61,7 +61,7 @@ def micro_saved(tmp_path_factory):
 
 @pytest.fixture
 def micro(micro_saved, tmp_path):
-    """A directory of a micro model in float32, to damage."""
+    """A float32 directory of a micro model, which a test may damage."""
     return shutil.copytree(micro_saved, tmp_path / "micro")
 
 
@@ -73,9 +73,9 @@ def theirs(directory, **options):
 
 @torch.no_grad()
 def distance(a, b):
-    """The largest difference of two models' logits; an output of transformers may stand for a model."""
+    """The largest difference between the logits of two models, ours or from transformers."""
     logits = [out if isinstance(out, torch.Tensor) else out.logits for out in (a(TOKENS), b(TOKENS))]
-    assert logits[0].std() > 0.1  # there is something to compare
+    assert logits[0].std() > 0.1  # the logits are not trivial
     assert logits[0].shape == logits[1].shape == (*TOKENS.shape, TINY.vocab)
     return (logits[0] - logits[1]).abs().max().item()
 
@@ -100,7 +100,7 @@ def edit_tensors(directory, change, name="model.safetensors"):
 
 @contextmanager
 def at_most(seconds):
-    """End what would run for ever."""
+    """Raise TimeoutError in the block after some seconds."""
 
     def late(*_):
         raise TimeoutError(f"still running after {seconds} seconds")
@@ -115,7 +115,7 @@ def at_most(seconds):
 
 
 def refused(directory, *words):
-    """Loading raises one line that has all the words. Returns it."""
+    """load raises one line that contains all words. Returns the line."""
     with at_most(3), pytest.raises(UserError) as caught:
         load(directory)
     message = str(caught.value)
@@ -138,7 +138,7 @@ def test_names_are_those_of_transformers(tiny):
 
 @pytest.mark.parametrize("parallel", [True, False])
 def test_logits_in_transformers(tmp_path, parallel):
-    """As written to the erf form of our load; to the tanh form of training, when the file says so and when not."""
+    """transformers computes erf or tanh GELU as config.json says; load does the same; training uses tanh."""
     training = trained_like(replace(TINY, parallel=parallel))
     assert training.config.gelu == "tanh"
     save(training, tmp_path / "erf", torch.float32)
@@ -171,8 +171,8 @@ def test_storage(tmp_path, tiny, dtype):
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-def test_files_are_those_of_the_library(tmp_path, dtype):
-    """To the byte, whatever the pieces; and what is told about a file is its checksum."""
+def test_files_equal_those_of_the_library(tmp_path, dtype):
+    """The bytes are the same, whatever the pieces, and the returned checksums are right."""
     generator = torch.Generator().manual_seed(0)
     names = {"b": (5, 3), "a.weight": (7,), 'ä "quoted"': (2, 2, 2), "c": (1, 64), "B": (4,)}
     tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in names.items()}
@@ -197,7 +197,7 @@ def test_files_are_those_of_the_library(tmp_path, dtype):
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
-def test_loaded_weights_do_not_depend_on_the_file(tmp_path, tiny):
+def test_loaded_weights_are_independent_of_the_file(tmp_path, tiny):
     save(tiny, tmp_path, torch.float32)
     model = load(tmp_path)
     size = (tmp_path / "model.safetensors").stat().st_size
@@ -235,7 +235,7 @@ def test_transformers_5_spelling(tmp_path, tiny):
     save(model, tmp_path, torch.float32)
     edit_config(tmp_path, remove=("rotary_pct", "rotary_emb_base", "torch_dtype"))
     assert distance(load(tmp_path), model) == 0
-    edit_config(tmp_path, remove=("rope_parameters",))  # nothing left: the defaults of GPT-NeoX
+    edit_config(tmp_path, remove=("rope_parameters",))  # without these keys, the defaults of GPT-NeoX apply
     config = read_config(tmp_path)
     assert (config.rotary_fraction, config.rotary_base) == (0.25, 10_000)
 
@@ -251,7 +251,7 @@ def test_transformers_4_spelling(tmp_path, tiny):
 
 
 def test_published_file(tmp_path, tiny):
-    """The config.json of pythia-70m as it lies on the Hub (but for the shape), float16, and the old buffers."""
+    """The config.json of pythia-70m on the Hub with another shape, float16 weights, and the old buffers."""
     published = {
         "architectures": ["GPTNeoXForCausalLM"],
         "bos_token_id": 0,
@@ -309,7 +309,7 @@ def test_saved_by_transformers(tmp_path, shard_size):
 
 
 def test_the_head_of_transformers_5(micro):
-    """In memory transformers 5 calls the unembedding lm_head; a file that keeps the name is read."""
+    """transformers 5 calls the unembedding lm_head in memory. A file with this name can be read."""
     before = load(micro)
     edit_tensors(micro, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("embed_out.weight")}))
     same_weights(load(micro), before)
@@ -318,7 +318,7 @@ def test_the_head_of_transformers_5(micro):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("act", ["gelu", "gelu_pytorch_tanh"])
 def test_published_shapes_keep_their_recipe(tmp_path, size, act):
-    """Written out here: layers, hidden, heads, vocabulary, learning rate, initialisation, precision."""
+    """The expected values are listed here: layers, hidden, heads, vocab, learning rate, initialization, precision."""
     shapes = {
         "14m": (6, 128, 4, 50_304, 1e-3, "small", "fp16"),
         "31m": (6, 256, 8, 50_304, 1e-3, "small", "fp16"),
@@ -375,7 +375,7 @@ def test_tokenizer_opens_in_transformers(tmp_path):
 
 
 def test_saved_files_are_readable_by_others(tmp_path):
-    """As every other file: by whom the umask says."""
+    """The umask decides who can read the files."""
     old = os.umask(0o022)
     try:
         save(Pythia(MICRO), tmp_path / "model")
@@ -384,7 +384,7 @@ def test_saved_files_are_readable_by_others(tmp_path):
     assert {f"{path.stat().st_mode & 0o777:o}" for path in (tmp_path / "model").iterdir()} == {"644"}
 
 
-# Directories that are none
+# Directories that are not models
 
 
 def test_missing_files(tmp_path, micro):
@@ -418,7 +418,7 @@ def test_a_pickle_is_never_read(micro, tmp_path):
     refused(micro, micro / "model.safetensors")
     assert not touched.exists()
     pickle.loads((micro / "pytorch_model.bin").read_bytes()).close()
-    assert touched.exists()  # it would have bitten
+    assert touched.exists()  # unpickling does run the code
 
 
 NO_CONFIGS = ["", "{", "nonsense", "[1]", "7", "null", '"gpt_neox"', "{}", "\xff\xfe", "\0"]
@@ -427,12 +427,12 @@ NO_CONFIGS += ["[" * 100_000, '{"model_type": ' * 50_000]
 
 
 @pytest.mark.parametrize("text", NO_CONFIGS, ids=lambda text: repr(text[:30]))
-def test_config_that_is_none(micro, text):
+def test_config_that_is_not_a_model(micro, text):
     (micro / "config.json").write_bytes(text.encode("latin-1"))
     refused(micro, micro / "config.json")
 
 
-def test_config_that_can_not_be_read(micro):
+def test_config_that_cannot_be_read(micro):
     (micro / "config.json").unlink()
     (micro / "config.json").mkdir()
     refused(micro, micro / "config.json")
@@ -453,13 +453,13 @@ ABSURD_AND_HARMLESS += [("layer_norm_eps", 2**60), ("layer_norm_eps", 10**30), (
     [(key, value) for key in NUMBERS for value in BAD if (key, value) not in ABSURD_AND_HARMLESS],
     ids=repr,
 )
-def test_config_field_of_no_use(micro, key, value):
+def test_bad_config_field(micro, key, value):
     edit_config(micro, **{key: value})
     refused(micro, micro, "config.json")
 
 
 @pytest.mark.parametrize("key", NUMBERS[:6])
-def test_config_count_that_is_no_whole_number(micro, key):
+def test_fractional_config_count(micro, key):
     edit_config(micro, **{key: 16.5})
     refused(micro, micro / "config.json", key, "16.5")
 
@@ -494,7 +494,7 @@ def test_more_layers_than_a_machine_holds(micro):
         ({"rope_parameters": None, "rope_scaling": [1]}, "rope"),
         ({"rotary_pct": 1.5}, "rotary_pct"),
         ({"rotary_pct": 9.25}, "rotary_pct"),
-        ({"rotary_pct": 0.4}, "rotary_pct"),  # three columns of eight can not be paired
+        ({"rotary_pct": 0.4}, "rotary_pct"),  # 3 of 8 columns cannot be paired
         ({"num_attention_heads": 3}, "num_attention_heads"),
         ({"num_attention_heads": 32}, "num_attention_heads"),
         ({"intermediate_size": 65}, "intermediate_size"),
@@ -507,7 +507,7 @@ def test_config_not_supported(micro, changes, word):
     refused(micro, micro / "config.json", word)
 
 
-def test_rope_of_both_spellings_must_agree_on_the_type_of_their_values(micro):
+def test_rope_values_must_be_numbers_in_both_spellings(micro):
     edit_config(micro, remove=("rotary_pct", "rotary_emb_base"), rope_parameters={"rope_theta": "10000"})
     refused(micro, micro / "config.json", "rotary_emb_base")
     edit_config(micro, rope_parameters={"partial_rotary_factor": [0.25]})
@@ -606,14 +606,14 @@ NO_MAPS += [
 @pytest.mark.parametrize(
     "text", NO_INDICES + [f'{{"weight_map": {text}}}' for text in NO_MAPS], ids=lambda text: repr(text[:40])
 )
-def test_index_of_no_use(sharded, text):
+def test_bad_index(sharded, text):
     (sharded / "model.safetensors.index.json").write_bytes(text.encode("latin-1"))
     refused(sharded, sharded)
 
 
 @pytest.mark.parametrize("place", ["../outside.safetensors", "{parent}/outside.safetensors", "sub/outside.safetensors"])
 def test_index_that_names_a_file_outside(sharded, place):
-    """The file is there and fits; it is refused for where it lies."""
+    """The file exists and fits; it is refused because of its place."""
     tensors = {name: tensor for path in sharded.glob("*.safetensors") for name, tensor in load_file(path).items()}
     (sharded / "sub").mkdir()
     for folder in (sharded.parent, sharded / "sub"):
@@ -643,7 +643,7 @@ def mutated(rng, data, alphabet):
 
 
 def outcome(directory):
-    """ "model", "refused", or the exception that should not have been."""
+    """ "model", "refused", or the text of an unexpected exception."""
     try:
         model = load(directory)
         with torch.no_grad():
@@ -658,7 +658,7 @@ def outcome(directory):
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_random_damage(micro, name):
-    """A thousand mutations of the config and of the header each: a model that runs or a UserError, nothing else."""
+    """After each of a thousand mutations of config or header: a model that runs, or a UserError; nothing else."""
     rng, path = random.Random(11), micro / name
     data = path.read_bytes()
     head = 8 + int.from_bytes(data[:8], "little") if name == "model.safetensors" else len(data)
@@ -666,7 +666,9 @@ def test_random_damage(micro, name):
     with at_most(60):
         for _ in range(1000):
             damaged = mutated(rng, data[:head], b'0129-+.eE"[{}],: \0\xff\ntfn')
-            if name == "model.safetensors" and rng.random() < 0.7:  # let the JSON be reached
+            if (
+                name == "model.safetensors" and rng.random() < 0.7
+            ):  # keep the header length right, so that the JSON is parsed
                 damaged = (len(damaged) - 8).to_bytes(8, "little") + damaged[8:]
             path.write_bytes(damaged + data[head:])
             outcomes.setdefault(outcome(micro), []).append(damaged)
@@ -677,7 +679,7 @@ def test_random_damage(micro, name):
 
 
 def test_golden_directories_load():
-    """The fixtures of other tests, written by transformers 5 itself."""
+    """The fixtures of other tests, which transformers 5 wrote."""
     golden = Path(__file__).parents[1] / "golden" / "hf"
     for name, parallel in (("neox_h64", True), ("neox_micro", False)):
         model, arrays = load(golden / name), np.load(golden / name / "golden.npz", allow_pickle=False)
