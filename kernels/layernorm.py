@@ -291,8 +291,7 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(x' = x + (attn + mlp + branch_bias), LayerNorm(x')), both [.., hidden]; weight, bias, branch_bias are [hidden].
 
-    attn, mlp and branch_bias may be None. The dtype of the parameters may differ from that of x, attn and mlp. Raises
-    ValueError if an argument does not fit.
+    attn, mlp, branch_bias may be None. Parameters may have another dtype than x. Raises ValueError if one does not fit.
     """
     _check(x, {"attn": attn, "mlp": mlp}, {"weight": weight, "bias": bias, "branch_bias": branch_bias})
     if not triton_runs(x):
