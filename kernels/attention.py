@@ -314,7 +314,7 @@ def _aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def _outputs(qkv: Tensor) -> tuple[Tensor, Tensor]:
+def _outputs(qkv: Tensor, *_) -> tuple[Tensor, Tensor]:
     batch, seq, heads, _, head_dim = qkv.shape
     return qkv.new_empty(batch, seq, heads, head_dim), qkv.new_empty(batch, heads, seq, dtype=torch.float32)
 
@@ -370,7 +370,7 @@ def _attention_gradients(ctx, d_out: Tensor, _) -> tuple[Tensor | None, ...]:
     return _attention_backward(*ctx.saved_tensors, d_out), None, None
 
 
-_attention.register_fake(lambda qkv, cos, sin: _outputs(qkv))
+_attention.register_fake(_outputs)
 _attention_backward.register_fake(lambda qkv, *_: torch.empty_like(qkv))
 _attention.register_autograd(_attention_gradients, setup_context=_attention_setup_context)
 
@@ -388,16 +388,14 @@ def _check_for_kernels(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
         raise ValueError(f"qkv must be contiguous and not empty: {list(qkv.shape)}, strides {list(qkv.stride())}")
     for name, table in (("cos", cos), ("sin", sin)):
         if table.dtype != torch.float32 or not table.is_contiguous():
-            found = f"{table.dtype} with strides {list(table.stride())}"
-            raise ValueError(f"{name} must be contiguous float32, not {found}")
+            raise ValueError(f"{name} must be contiguous float32, not {table.dtype}, strides {list(table.stride())}")
 
 
 def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Causal attention of rotated queries and keys: [batch, seq, heads, head_dim] in the dtype of qkv.
 
     qkv [batch, seq, heads, 3, head_dim] is the output of the fused projection; cos and sin are [seq, rotary_dim / 2].
-    Raises ValueError if shapes or devices do not fit. The kernels also require a contiguous qkv, a head_dim of
-    CHUNKS, and float32 tables.
+    Raises ValueError if an argument does not fit. The kernels also require contiguous tensors and a head_dim of CHUNKS.
     """
     if qkv.dim() != 5 or qkv.shape[3] != 3:
         raise ValueError(f"qkv must be [batch, seq, heads, 3, head_dim], not {list(qkv.shape)}")

@@ -214,14 +214,14 @@ def _(hidden, weight, targets, mean, with_gradients):
     return loss, *(torch.empty_like(x) if with_gradients else x.new_empty(0) for x in (hidden, weight))
 
 
-def _linear_cross_entropy_setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _cross_entropy_setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.computed = inputs[-1]  # forward computed the gradients: for a mean, every token has the same incoming gradient
     ctx.set_materialize_grads(False)  # otherwise autograd allocates zero tensors for the unused outputs
     ctx.save_for_backward(*(output[1:] if ctx.computed else inputs[:3]))
 
 
 @torch.autograd.function.once_differentiable
-def _linear_cross_entropy_gradients(ctx, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _cross_entropy_gradients(ctx, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.computed:
         d_hidden, d_weight = ctx.saved_tensors
         scale = d_loss / d_hidden.shape[0]
@@ -237,9 +237,7 @@ def _scaled(d: Tensor, scale: Tensor) -> Tensor:
 
 
 _linear_cross_entropy_backward.register_fake(lambda h, w, *_: (torch.empty_like(h), torch.empty_like(w)))
-_linear_cross_entropy.register_autograd(
-    _linear_cross_entropy_gradients, setup_context=_linear_cross_entropy_setup_context
-)
+_linear_cross_entropy.register_autograd(_cross_entropy_gradients, setup_context=_cross_entropy_setup_context)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:

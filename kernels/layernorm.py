@@ -188,8 +188,9 @@ def _launch_backward(hidden: int) -> dict[str, int]:
 
 
 def _outputs(
-    x: Tensor, attn: Tensor | None, mlp: Tensor | None, branch_bias: Tensor | None, weight2: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, attn: Tensor | None, mlp: Tensor | None, branch_bias: Tensor | None,
+    weight1: Tensor, bias1: Tensor, weight2: Tensor | None, *_,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Uninitialised x', u, v [.., hidden] and mean, rstd [rows]. An x' or v that is not computed has no elements."""
     adds = attn is not None or mlp is not None or branch_bias is not None
     residual = torch.empty_like(x) if adds else x.new_empty(0)
@@ -203,7 +204,7 @@ def _add_layer_norms(
     x: Tensor, attn: Tensor | None, mlp: Tensor | None, branch_bias: Tensor | None,
     weight1: Tensor, bias1: Tensor, weight2: Tensor | None, bias2: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    outputs = residual, u, v, mean, rstd = _outputs(x, attn, mlp, branch_bias, weight2)
+    outputs = residual, u, v, mean, rstd = _outputs(x, attn, mlp, branch_bias, weight1, bias1, weight2)
     residual, v = residual if residual.numel() else None, v if v.numel() else None
     with torch.cuda.device_of(x):  # Triton launches on the current device
         layer_norm_forward_kernel[(len(mean),)](
@@ -256,21 +257,15 @@ def _add_layer_norms_gradients(
     return dx, *d_branches, *d_norms, *(() if weight2 is not None else (None, None)), None
 
 
-_add_layer_norms.register_fake(
-    lambda x, attn, mlp, branch_bias, weight1, bias1, weight2, bias2, eps: _outputs(x, attn, mlp, branch_bias, weight2)
-)
+_add_layer_norms.register_fake(_outputs)
 _add_layer_norms_backward.register_fake(
-    lambda residual, d_residual, du, dv, weight1, weight2, mean, rstd: (
-        torch.empty_like(residual),
-        weight1.new_empty(3 if weight2 is None else 5, len(weight1)),
-    )
+    lambda x, dx, du, dv, w1, w2, *_: (torch.empty_like(x), w1.new_empty(3 if w2 is None else 5, len(w1)))
 )
 _add_layer_norms.register_autograd(_add_layer_norms_gradients, setup_context=_add_layer_norms_setup_context)
 
 
 def _check(x: Tensor, branches: dict[str, Tensor | None], vectors: dict[str, Tensor | None]) -> None:
-    branches = {name: branch for name, branch in branches.items() if branch is not None}
-    vectors = {name: vector for name, vector in vectors.items() if vector is not None}
+    branches, vectors = ({n: x for n, x in given.items() if x is not None} for given in (branches, vectors))
     for name, branch in branches.items():
         if branch.shape != x.shape or branch.dtype != x.dtype:
             ours, theirs = f"{list(branch.shape)} and {branch.dtype}", f"{list(x.shape)} and its dtype {x.dtype}"
@@ -296,8 +291,7 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(x' = x + (attn + mlp + branch_bias), LayerNorm(x')), both [.., hidden]; weight, bias, branch_bias are [hidden].
 
-    attn, mlp and branch_bias may be None. The dtype of the parameters may differ from that of x, attn and mlp. Raises
-    ValueError if an argument does not fit.
+    attn, mlp, branch_bias may be None. Parameters may have another dtype than x. Raises ValueError if one does not fit.
     """
     _check(x, {"attn": attn, "mlp": mlp}, {"weight": weight, "bias": bias, "branch_bias": branch_bias})
     if not triton_runs(x):

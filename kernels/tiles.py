@@ -1,11 +1,10 @@
-"""How the attention kernels are launched: a static table by GPU and head_dim, in which nothing depends on timing.
+"""Launch table of the attention kernels: tile shapes by GPU and head_dim.
 
-The shape of a tile sets the order of summation. Were it chosen by measuring, as an autotuner does, then two ranks, or
-two runs, could differ in the last bits.
+The table is static because the shape of a tile sets the order of summation. An autotuner chooses shapes by timing, so
+two ranks, or two runs, could differ in the last bits.
 
-The entries are the largest tiles of which the compiler keeps all in registers (tests/kernels/test_cubins.py) and, on
-Hopper, of which products are wide: one that is only 64 columns wide needs its operands faster than shared memory can
-deliver them.
+Each entry is the largest tile that the compiler keeps in registers (tests/kernels/test_cubins.py). On Hopper a dot must
+also be wide: with only 64 columns it needs its operands faster than shared memory can deliver them.
 """
 
 from typing import NamedTuple
@@ -15,20 +14,20 @@ import torch
 
 class Tile(NamedTuple):
     block_q: int  # queries of a tile
-    block_k: int  # keys
+    block_k: int  # keys of a tile
     num_warps: int
-    num_stages: int  # tiles on their way from memory, counting the one in use
+    num_stages: int  # tiles being loaded, counting the one in use
 
 
 class Attention(NamedTuple):
     forward: Tile
     dq: Tile
     dk: Tile
-    dv: Tile | None = None  # None: the kernel of dk forms dv as well
+    dv: Tile | None = None  # None: the launch of dk computes dv too
 
 
-# By compute capability times ten, then head_dim. A program of forward and dq owns block_q queries and walks over the
-# keys, so block_k divides block_q; one of dk and dv owns keys and walks over queries, and the other way round.
+# By compute capability times ten, then head_dim. A program of forward and dq owns block_q queries and loops over keys,
+# so block_k divides block_q. A program of dk and dv owns block_k keys and loops over queries: block_q divides block_k.
 ATTENTION = {
     80: {
         16: Attention(Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
@@ -56,20 +55,20 @@ ATTENTION = {
     },
 }
 
-# 8.6 and 8.9 have three fifths of the shared memory of 8.0, which is too little for its tiles of 256 columns.
+# 8.6 and 8.9 have three fifths of the shared memory of 8.0, too little for the tiles of head_dim 256.
 ATTENTION[86] = {
     **ATTENTION[80],
     256: Attention(Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 64, 8, 2)),
 }
 
-# float32 is for tests and comparisons: exact products do not run on the tensor cores, and fill registers even so.
+# float32 is for tests and comparisons. Exact float32 dots do not run on tensor cores, and need many registers.
 FLOAT32 = Attention(Tile(16, 16, 8, 2), Tile(16, 16, 8, 2), Tile(16, 16, 8, 2), Tile(16, 16, 8, 2))
 
 
 def architecture(device: torch.device) -> int:
-    """The row of the table: 80 for A100, 86 for the RTX 30 and 40 series and their kin, 90 for Hopper, 100 for B200."""
+    """The key of ATTENTION: 80 for A100, 86 for the RTX 30 and 40 series and L40S, 90 for Hopper, 100 for B200."""
     if device.type != "cuda":
-        return 90  # the interpreter, which can do all that Hopper can
+        return 90  # the interpreter supports everything that Hopper does
     major, minor = torch.cuda.get_device_capability(device)
     return {8: 80 if minor == 0 else 86, 9: 90, 10: 100}[major]
 

@@ -14,7 +14,7 @@ def _hold_a_row(x, out, N: tl.constexpr):
 
 @triton.jit
 def _multiply_in_float32(a, b, out, N: tl.constexpr):
-    """Exact products of float32 can not use the tensor cores."""
+    """Exact products of float32 cannot use the tensor cores."""
     tile = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
     product = tl.dot(tl.load(a + tile), tl.load(b + tile), input_precision="ieee")
     tl.store(out + tile, product)

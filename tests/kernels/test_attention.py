@@ -185,7 +185,7 @@ def test_gradients_of_any_layout_and_tensors_at_any_address(device):
     expected = results(*inputs)
     assert_same_bits(expected, results(qkv, cos, sin, d_out.transpose(1, 2).contiguous().transpose(1, 2)))
     moved = torch.cat([qkv.new_zeros(1), qkv.flatten()])[1:].view(qkv.shape)
-    assert moved.data_ptr() % 16  # which TMA can not read
+    assert moved.data_ptr() % 16  # which TMA cannot read
     assert_same_bits(expected, results(moved, cos, sin, d_out))
     ones = torch.ones_like(d_out)
     assert_same_bits(results(qkv, cos, sin, ones), results(qkv, cos, sin, ones[:1, :1, :1, :1].expand_as(ones)))

@@ -164,7 +164,7 @@ def test_without_gradient_the_logits_stay(device):
 
 
 def test_a_target_outside_the_vocabulary_gives_nan(device):
-    """The kernel can not raise; a loss that looks like one would be worse."""
+    """The kernel cannot raise; a loss that looks like one would be worse."""
     hidden, weight = from_logits(torch.randn(4, 33, device=device))
     losses = linear_cross_entropy(hidden, weight, torch.tensor([0, 33, -1, 32], device=device), "none")
     assert losses.isnan().tolist() == [False, True, True, False]

@@ -1,5 +1,5 @@
-"""GELU in both forms, for the smallest and the largest ffn; the sizes between them add no new case. The bias
-is bfloat16, as FSDP casts it, or float32, as on a single GPU."""
+"""GELU in both forms, for the smallest and the largest ffn; the sizes between them add no new case. The bias is
+bfloat16, as FSDP casts it, or float32, as a single GPU keeps it."""
 
 import torch
 
