@@ -520,7 +520,8 @@ class Saboteur:
             if number != self.n:
                 return call(*args, **kwargs)
             if self.how == "after":
-                call(*args, **kwargs)
+                with suppress(FileNotFoundError):  # atomic_write unlinks a temporary file that may be gone
+                    call(*args, **kwargs)
             elif self.how == "half":
                 half(*args)
             if not self.killed:
