@@ -60,12 +60,12 @@ def main() -> None:
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="directory with config.json and model.safetensors"
     )
-    parser.add_argument("--prompt", required=True, help="the text to continue; an empty one starts a new document")
+    parser.add_argument("--prompt", required=True, help="the text to continue; empty starts a new document")
     parser.add_argument("--tokens", type=int, default=200, help="maximum number of tokens (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
     parser.add_argument("--top-k", type=int, default=0, help="sample among the k most likely tokens (default: all)")
     parser.add_argument("--seed", type=int, default=1234, help="seed of the sampling (default: %(default)s)")
-    parser.add_argument("--tokenizer", type=Path, help="path of a tokenizer.json (default: the one in the checkpoint)")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json (default: the one in the checkpoint)")
     args = parser.parse_args()
     if args.tokens < 1 or not 0 <= args.temperature < math.inf or args.top_k < 0:
         raise UserError("--tokens must be positive, --temperature and --top-k must not be negative")

@@ -29,7 +29,7 @@ MAX_HEADER_BYTES = 10**8  # the safetensors library refuses longer headers
 COUNTERS = "state/counters.json"
 
 # Exceptions that reading a damaged or malicious file can raise.
-READ_ERRORS = (OSError, SafetensorError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
+READ_ERRORS = (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
 
 
 # The manifest
@@ -144,8 +144,11 @@ def read_header(path: Path) -> tuple[bytes, dict, dict]:
     with path.open("rb") as file:
         length = file.read(8)
         header = length + file.read(min(int.from_bytes(length, "little"), MAX_HEADER_BYTES))
-    with safe_open(path, framework="pt"):
-        layout = json.loads(header[8:])
+    try:
+        with safe_open(path, framework="pt"):
+            layout = json.loads(header[8:])
+    except SafetensorError as error:  # its text can contain a tensor name of any length, with line breaks
+        raise ValueError(repr(str(error)[:200])) from None
     metadata = layout.pop("__metadata__", None) or {}
     return header, dict(sorted(layout.items(), key=lambda item: item[1]["data_offsets"])), metadata
 

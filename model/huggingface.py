@@ -303,4 +303,4 @@ def _tensors(directory: Path) -> Iterator[tuple[Path, str, Tensor]]:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
                     yield file, name, tensors.get_tensor(name)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{file} is damaged: {error}") from None
+            raise UserError(f"{file} is damaged: {str(error)[:200]!r}") from None

@@ -170,6 +170,7 @@ HEADERS = {
     "offsets of 10^30": '{"a":{"data_offsets":[1000000000000000000000000000000,1000000000000000000000000000009]}}',
     "infinite offsets": '{"a":{"data_offsets":[Infinity,NaN]}}',
     "offsets backwards": '{"a":{"data_offsets":[8,4]}}',
+    "a name of two lines": '{"a\\nb":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
     "not UTF-8": '{"\xff":{}}',
 }
 

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from threading import BrokenBarrierError, Event, Thread
+from threading import BrokenBarrierError, Event, Lock, Thread
 from types import SimpleNamespace
 
 import pytest
@@ -492,7 +492,7 @@ class Saboteur:
 
     def __init__(self, patch, n=None, how="before", killed=True, barrier=None):
         self.n, self.how, self.killed, self.barrier = n, how, killed, barrier
-        self.calls, self.dead, self.seen = 0, False, set()
+        self.calls, self.dead, self.seen, self.lock = 0, False, set(), Lock()
         patch.setattr(Path, "open", self.opened(Path.open))
         patch.setattr(files, "open", self.opened(open), raising=False)  # of atomic_write
         copy = self.watched("copyfile", huggingface.copyfile, lambda _, path: Path(path).write_bytes(b"half"))
@@ -514,11 +514,14 @@ class Saboteur:
             if self.dead:
                 raise Killed
             self.seen.add(name)
-            self.calls += 1
-            if self.calls != self.n:
+            with self.lock:  # or two ranks could count past n before either compares
+                self.calls += 1
+                number = self.calls
+            if number != self.n:
                 return call(*args, **kwargs)
             if self.how == "after":
-                call(*args, **kwargs)
+                with suppress(FileNotFoundError):  # atomic_write unlinks a temporary file that may be gone
+                    call(*args, **kwargs)
             elif self.how == "half":
                 half(*args)
             if not self.killed:

@@ -48,6 +48,10 @@ class ThreadRank(Dist):
         return self
 
 
+def share_of_rows(p, rank, world):
+    return slice(len(p) * rank // world, len(p) * (rank + 1) // world)
+
+
 class Trainee:
     """A model and its optimizer. The gradients of a step depend on the number of the step only."""
 
@@ -71,12 +75,10 @@ class Trainee:
             return [Saver(*arguments, Dist(), export, **options)]
         board, barrier, savers = [None] * world, Barrier(world), []
         for rank in range(world):
+            dist = ThreadRank(rank, world, board=board, meeting=barrier)
             with pytest.MonkeyPatch.context() as patch:
-                share = lambda p, r=rank: slice(len(p) * r // world, len(p) * (r + 1) // world)  # noqa: E731
-                patch.setattr(save, "saved_rows", share)
-                savers.append(
-                    Saver(*arguments, ThreadRank(rank, world, board=board, meeting=barrier), export, **options)
-                )
+                patch.setattr(save, "saved_rows", partial(share_of_rows, rank=rank, world=world))
+                savers.append(Saver(*arguments, dist, export, **options))
         return savers
 
     def save(self, run, step, dtype=torch.float16, world=1, **options):
