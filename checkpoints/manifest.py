@@ -117,20 +117,20 @@ def drop_state(directory: Path) -> None:
 
 
 def clean_up(run: Path) -> None:
-    """Remove the leftovers of a save that was killed. Raises UserError if one cannot be removed."""
+    """Remove what a killed process left unfinished in a run directory. Raises UserError if one cannot be removed."""
     try:
         for old in run.glob(".step*.old.tmp"):  # killed between the two renames of a step that was saved again
             if not (final := run / old.name[1:].removesuffix(".old.tmp")).exists():
                 old.rename(final)
         for leftover in run.glob(".step*.tmp"):
             shutil.rmtree(leftover)
-        for leftover in run.glob("step*/.manifest.json.*tmp"):
+        for leftover in (*run.glob(".*.tmp"), *run.glob("step*/.*.tmp")):  # of atomic_write
             leftover.unlink()
         for step in sorted(set(saved_steps(run)) - set(steps_with_state(run))):  # killed while its state was dropped
             if (state := run / f"step{step}" / "state").is_dir():
                 shutil.rmtree(state)
     except OSError as error:
-        raise UserError(f"{run}: cannot remove the leftovers of a killed save ({error}); remove them by hand") from None
+        raise UserError(f"{run}: cannot remove the leftovers of a killed process ({error}); remove them by hand") from None
 
 
 # Checksums

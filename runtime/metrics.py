@@ -54,8 +54,6 @@ def keep_records(path: Path, start: int) -> None:
     """Remove the records of step `start` and later, because a run that resumes at `start` writes them again."""
     if not path.exists():
         return
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a start that was killed here
-        leftover.unlink()
     lines = path.read_text().splitlines(keepends=True)
     try:  # a line without its end was cut off when the run was killed
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < start]
