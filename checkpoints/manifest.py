@@ -130,7 +130,9 @@ def clean_up(run: Path) -> None:
             if (state := run / f"step{step}" / "state").is_dir():
                 shutil.rmtree(state)
     except OSError as error:
-        raise UserError(f"{run}: cannot remove the leftovers of a killed process ({error}); remove them by hand") from None
+        raise UserError(
+            f"{run}: cannot remove the leftovers of a killed process ({error}); remove them by hand"
+        ) from None
 
 
 # Checksums

@@ -1,4 +1,4 @@
-"""Compile every shipped kernel for GPUs that need not be here, and read the machine code.
+"""Compile every shipped kernel for GPUs that this machine need not have, and read the machine code.
 
     python -m tests.kernels.cubins [MODULE..]         one line a kernel and GPU; default: all of tests/kernels/shipped
 
@@ -27,33 +27,38 @@ from tqdm import tqdm
 from tests.kernels import shipped
 from tests.kernels.shipped import Shipped
 
-ARCHES = (80, 86, 90, 100)  # A100, RTX 3090 (4090 and L40S have its limits), H100 and H200, B200: sm_80 ..
-AMD = 942  # MI300, gfx942: compiled with what is shipped for sm_80, and reported; the kernels have never run on one
+ARCHES = (
+    80,
+    86,
+    90,
+    100,
+)  # sm_80: A100, 86: RTX 3090 (4090 and L40S have the same limits), 90: H100 and H200, 100: B200
+AMD = 942  # MI300, gfx942: compiled with the specialisations of sm_80 and reported; the kernels never ran on one
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, AMD: 64 * 1024}  # bytes
 THREAD_LIMIT = 1024  # of a program
-SPILL_LIMIT = 16  # words; a few, outside the loops, cost nothing that can be measured
+SPILL_LIMIT = 16  # words; a few spills outside the loops cost nothing measurable
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "tripod" / "cubins"
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What one compiled kernel needs, and how many instructions it has of the kinds that matter."""
+    """The resources of a compiled kernel, and the number of its instructions of the kinds that matter."""
 
     threads: int = 0  # of a program
     registers: int = 0  # a thread
     shared: int = 0  # bytes a program
-    spilled: int = 0  # words of 4 bytes that instructions store to, or load from, local memory, whichever are more
-    hmma: int = 0  # products on the tensor cores of Ampere
+    spilled: int = 0  # words of 4 bytes stored to local memory, or loaded from it, whichever is more
+    hmma: int = 0  # matmul instructions of Ampere's tensor cores
     hgmma: int = 0  # of Hopper
     utcmma: int = 0  # of Blackwell
     mfma: int = 0  # of AMD's CDNA
-    warpgroup: int = 0  # synchronisations around products of Hopper
+    warpgroup: int = 0  # synchronisations around HGMMA
     tma: int = 0  # loads by the tensor memory accelerator
-    error: str = ""  # of the compiler; then all else is 0
+    error: str = ""  # of the compiler; then all other fields are 0
 
 
 def faults(facts: Facts, arch: int, products: bool) -> list[str]:
-    """Why the kernel would be slow on `arch`, or not start; empty if nothing is known."""
+    """Known reasons why the kernel would be slow on `arch`, or not start."""
     if facts.error:
         return [f"does not compile: {facts.error}"]
     found = []
@@ -61,22 +66,22 @@ def faults(facts: Facts, arch: int, products: bool) -> list[str]:
         found.append(f"{facts.threads} threads, a program may have {THREAD_LIMIT}")
     if facts.shared > SHARED_LIMIT[arch]:
         found.append(f"{facts.shared} bytes of shared memory, a program may have {SHARED_LIMIT[arch]}")
-    # This also finds the kernels that ptxas, when it gives up, returns with 32 registers and thousands of spills.
+    # When ptxas gives up, it returns kernels with 32 registers and thousands of spills: this finds them too.
     if facts.spilled > SPILL_LIMIT:
         found.append(f"{facts.spilled} words are spilled ({facts.registers} registers)")
     if products and not {80: facts.hmma, 86: facts.hmma, 90: facts.hgmma, 100: facts.utcmma, AMD: facts.mfma}[arch]:
         found.append("no product on the tensor cores of this generation")
     if products and arch == 90 and facts.hmma:
         found.append(f"{facts.hmma} products as on Ampere, at half the speed")
-    # ptxas, where it can not prove that products may overlap, waits for each: twice as many synchronisations as
-    # products, where a healthy kernel has less than one for two.
+    # If ptxas cannot prove that matmuls may overlap, it waits for each one: two synchronisations for every HGMMA. A
+    # healthy kernel has less than one for every two.
     if facts.warpgroup > facts.hgmma > 0:
-        found.append(f"the {facts.hgmma} products of Hopper are serialised")
+        found.append(f"the {facts.hgmma} HGMMA instructions are serialised")
     return found
 
 
 def read_sass(sass: str, usage: str, threads: int, shared: int) -> Facts:
-    """The facts in what nvdisasm, and cuobjdump of the resource usage, print."""
+    """Facts from the output of nvdisasm and of cuobjdump's resource usage."""
 
     def count(pattern: str) -> int:
         return len(re.findall(rf"\b{pattern}", sass))
@@ -99,7 +104,7 @@ def read_sass(sass: str, usage: str, threads: int, shared: int) -> Facts:
 
 
 def read_amdgcn(assembly: str, threads: int, shared: int) -> Facts:
-    """The facts in the assembly that LLVM writes for AMD."""
+    """Facts from the assembly that LLVM writes for AMD."""
 
     def number(key: str) -> int:
         return int(re.search(rf"\.{key}:\s+(\d+)", assembly)[1])
@@ -126,14 +131,14 @@ def kernels(module: str, arch: int) -> dict[str, Shipped]:
 
 
 def inspect(module: str, name: str, arch: int) -> Facts:
-    """Facts of one kernel, compiled now or remembered."""
+    """Facts of one kernel, compiled now or read from the cache."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel = kernels(module, arch)[name]
     signature = {a: kernel.signature.get(a, "constexpr") for a in kernel.kernel.arg_names}
-    # As at a launch: the caller's tensors are aligned, and sizes are multiples of 16.
+    # As at a launch: the tensors are aligned, and sizes are multiples of 16.
     aligned = [i for i, type in enumerate(signature.values()) if type.startswith("*") or type in ("i32", "i64")]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(kernel.kernel, signature, kernel.constants, attributes)
@@ -147,7 +152,7 @@ def inspect(module: str, name: str, arch: int) -> Facts:
     target = GPUTarget("hip", "gfx942", 64) if arch == AMD else GPUTarget("cuda", arch, 32)
     try:
         compiled = triton.compile(source, target=target, options=options)
-    except Exception as error:  # of many kinds; what matters is that the table, or a test, shows it
+    except Exception as error:  # of any kind: the table, or a test, shows it
         lines = str(error.__cause__ or error).strip().splitlines()
         return Facts(error=f"{type(error).__name__}: {lines[-1] if lines else ''}"[:200])
     needs = kernel.num_warps * target.warp_size, compiled.metadata.shared
@@ -190,7 +195,7 @@ def inspect_all(names: list[str], arches: tuple[int, ...]) -> list[tuple[Shipped
     jobs = [(module, kernel, arch) for module in names for arch in arches for kernel in kernels(module, arch).values()]
     with ProcessPoolExecutor(min(os.cpu_count(), len(jobs))) as pool:
         submitted = {}
-        for module, kernel, arch in sorted(jobs, key=lambda job: -job[2]):  # for the newest chips it takes longest
+        for module, kernel, arch in sorted(jobs, key=lambda job: -job[2]):  # the newest chips take longest
             submitted[pool.submit(inspect, module, kernel.name, arch)] = module, kernel.name, arch
         finished = tqdm(as_completed(submitted), "compiling", len(jobs), leave=False)
         facts = {submitted[future]: future.result() for future in finished}

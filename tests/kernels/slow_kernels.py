@@ -1,4 +1,4 @@
-"""Kernels that give the right numbers and are badly made, to see that tests/kernels/cubins.py finds out."""
+"""Kernels with correct results and bad machine code. tests/kernels/cubins.py must find what is bad."""
 
 from kernels.backend import tl, triton
 from tests.kernels.shipped import Shipped
@@ -6,7 +6,7 @@ from tests.kernels.shipped import Shipped
 
 @triton.jit
 def _hold_a_row(x, out, N: tl.constexpr):
-    """512 values a thread must wait for the sum of all; there are 255 registers."""
+    """512 values of each thread must wait for the sum of all, but there are 255 registers."""
     columns = tl.arange(0, N)
     row = tl.load(x + columns)
     tl.store(out + columns, row / tl.sum(row))
@@ -14,7 +14,7 @@ def _hold_a_row(x, out, N: tl.constexpr):
 
 @triton.jit
 def _multiply_in_float32(a, b, out, N: tl.constexpr):
-    """Exact products of float32 cannot use the tensor cores."""
+    """Exact float32 matmuls cannot use the tensor cores."""
     tile = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
     product = tl.dot(tl.load(a + tile), tl.load(b + tile), input_precision="ieee")
     tl.store(out + tile, product)

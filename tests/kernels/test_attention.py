@@ -1,4 +1,4 @@
-"""The Triton kernels of kernels/attention.py against the definition in float64."""
+"""The Triton kernels of kernels/attention.py against the reference in float64."""
 
 from functools import partial
 
@@ -11,14 +11,14 @@ from kernels import attention, backend, rotary_attention, rotary_tables, tiles
 from kernels.tiles import Attention, Tile
 
 HEAD_DIMS = (32, 64, 80, 128, 256)  # of the suite
-FLOAT32_BAR = 5e-7  # a few roundings
+FLOAT32_BAR = 5e-7  # relative error: a few roundings
 HALF_TYPES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 
 
 @pytest.fixture(params=tiles.ATTENTION)
 def arch(request, device, monkeypatch) -> int:
-    """Every row of the table of launches: in the interpreter all of them, on a GPU its own."""
+    """The rows of the launch table: all of them in the interpreter, on a GPU its own row."""
     if device.type == "cuda" and tiles.architecture(device) != request.param:
         pytest.skip(f"the launches for compute capability {request.param / 10} are for another GPU")
     monkeypatch.setattr(tiles, "architecture", lambda device: request.param)
@@ -35,7 +35,7 @@ def draw(
     size: float = 1.0,
     rotary_dim: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """qkv, cos, sin and the gradient of the output. `size` is that of queries and keys."""
+    """qkv, cos, sin and the gradient of the output. `size` is the standard deviation of queries and keys."""
     random = torch.Generator().manual_seed(seq + head_dim)
     qkv = torch.randn(batch, seq, heads, 3, head_dim, generator=random)
     qkv[:, :, :, :2] *= size
@@ -59,7 +59,7 @@ def by_definition(*inputs: Tensor) -> dict[str, Tensor]:
 
 
 def errors(found: dict[str, Tensor], *inputs: Tensor, size: float = 0.0) -> dict[str, float]:
-    """Relative to the definition in float64 on the same numbers, in the norm.
+    """Relative error, in the norm, to the reference in float64 on the same numbers.
 
     Large scores choose one key, and leave next to no gradient of queries and keys: then `size`, that of queries and
     keys, says how large the products are of which it is the difference.
@@ -71,7 +71,7 @@ def errors(found: dict[str, Tensor], *inputs: Tensor, size: float = 0.0) -> dict
 
 
 def assert_as_good_as_the_definition(*inputs: Tensor, size: float = 1.0) -> None:
-    """Scores are about size^2. The exponential magnifies the rounding of large ones, of two programs differently."""
+    """Scores are about size^2. The exponential magnifies the rounding of large scores, differently in two programs."""
     large = size if size > 1 else 0.0
     ours = errors(results(*inputs), *inputs, size=large)
     theirs = errors(by_definition(*inputs), *inputs, size=large)
@@ -85,7 +85,7 @@ def assert_same_bits(found: dict[str, Tensor], again: dict[str, Tensor]) -> None
         assert torch.equal(found[name], again[name]), name
 
 
-@pytest.mark.parametrize("arch", [80, 90], indirect=True)  # loads by pointer and by descriptor
+@pytest.mark.parametrize("arch", [80, 90], indirect=True)  # 80 loads by pointer, 90 by descriptor
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_float32_is_exact_but_for_rounding(head_dim, arch, device):
     inputs = draw(40, head_dim, torch.float32, device, heads=1)
@@ -96,7 +96,7 @@ def test_float32_is_exact_but_for_rounding(head_dim, arch, device):
 @pytest.mark.parametrize("dtype", HALF_TYPES)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_half_precision_is_as_good_as_the_definition(head_dim, dtype, arch, device):
-    """With the tiles as shipped, which a sequence of 150 fills, and overruns, once."""
+    """With the shipped tiles: a sequence of 150 fills one and overruns the next."""
     assert_as_good_as_the_definition(*draw(150, head_dim, dtype, device, batch=1))
 
 
@@ -106,7 +106,7 @@ def test_half_precision_is_as_good_as_the_definition(head_dim, dtype, arch, devi
     + [(seq, 80, torch.float16, 1e-3) for seq in (127, 128, 129)],
 )
 def test_any_length_of_sequence(seq, head_dim, dtype, bar, device):
-    """Around the size of a tile, which is 16 positions in float32 and up to 128 in half precision."""
+    """Lengths near the size of a tile: 16 positions in float32, up to 128 in half precision."""
     inputs = draw(seq, head_dim, dtype, device, heads=1)
     for name, error in errors(results(*inputs), *inputs).items():
         assert error < bar, f"{name}: {error:.2e}"
@@ -114,7 +114,7 @@ def test_any_length_of_sequence(seq, head_dim, dtype, bar, device):
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_a_sequence_of_one(head_dim, device):
-    """The only weight is 1 whatever the score: out is v, dv is d_out, and nothing depends on the query and the key."""
+    """The only weight is 1, whatever the score: out is v, dv is d_out, and the gradients of query and key are 0."""
     qkv, cos, sin, d_out = draw(1, head_dim, torch.float32, device)
     found = results(qkv, cos, sin, d_out)
     torch.testing.assert_close(found["out"], qkv[:, :, :, 2], rtol=1e-6, atol=0)
@@ -130,16 +130,16 @@ def test_other_shapes_of_head(head_dim, rotary_dim, arch, device):
         assert error < FLOAT32_BAR, f"{name}: {error:.2e}"
 
 
-@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # of weights above the diagonal, in the interpreter
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # in the interpreter, from masked weights
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF_TYPES])
 def test_large_scores(dtype, device):
-    """Scores of 10^4, of which the softmax is a single one nearly everywhere."""
+    """Scores of 10^4: the softmax is 1 for one key and 0 for the others, nearly everywhere."""
     assert_as_good_as_the_definition(*draw(70, 64, dtype, device, size=100.0), size=100.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF_TYPES])
 def test_all_equal(dtype, device):
-    """Keys and values that are all the same make an output that is that value, and no gradient of queries."""
+    """If all keys and values are equal, the output is that value and the gradient of queries is 0."""
     qkv, cos, sin, d_out = draw(70, 64, dtype, device, batch=1)
     qkv[:, :, :, :2] = 0
     qkv[:, :, :, 2] = 1.5
@@ -150,9 +150,9 @@ def test_all_equal(dtype, device):
     torch.testing.assert_close(found["dv"].double(), exact["dv"], rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of what is not finite
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns about values that are not finite
 def test_one_sequence_does_not_touch_another(arch, device):
-    """Tiles overrun the end of a sequence. What is there, be it no number, is not of this one."""
+    """Tiles overrun the end of a sequence. NaNs that lie there must not change the result."""
     qkv, cos, sin, d_out = draw(40, 80, torch.float16, device, batch=3, heads=1)
     whole = results(qkv, cos, sin, d_out)
     qkv[1], d_out[1] = torch.nan, torch.inf
@@ -163,7 +163,7 @@ def test_one_sequence_does_not_touch_another(arch, device):
 
 
 def test_causal(device):
-    """The output at a position is the same bits whatever comes later."""
+    """The bits of the output at a position do not depend on later positions."""
     qkv, cos, sin, _ = draw(50, 64, torch.float32, device)
     before = rotary_attention(qkv, cos, sin)
     qkv[:, 30:] += 1
@@ -185,7 +185,7 @@ def test_gradients_of_any_layout_and_tensors_at_any_address(device):
     expected = results(*inputs)
     assert_same_bits(expected, results(qkv, cos, sin, d_out.transpose(1, 2).contiguous().transpose(1, 2)))
     moved = torch.cat([qkv.new_zeros(1), qkv.flatten()])[1:].view(qkv.shape)
-    assert moved.data_ptr() % 16  # which TMA cannot read
+    assert moved.data_ptr() % 16  # TMA cannot read this address
     assert_same_bits(expected, results(moved, cos, sin, d_out))
     ones = torch.ones_like(d_out)
     assert_same_bits(results(qkv, cos, sin, ones), results(qkv, cos, sin, ones[:1, :1, :1, :1].expand_as(ones)))
@@ -194,7 +194,7 @@ def test_gradients_of_any_layout_and_tensors_at_any_address(device):
 def test_opcheck(device):
     qkv, cos, sin, d_out = draw(17, 80, torch.float32, device, batch=1, heads=2)
     torch.library.opcheck(torch.ops.tripod.rotary_attention.default, (qkv.requires_grad_(), cos, sin))
-    assert not torch.ops.tripod.rotary_attention(qkv, cos, sin)[1].requires_grad  # lse, of which backward has no part
+    assert not torch.ops.tripod.rotary_attention(qkv, cos, sin)[1].requires_grad  # lse is not differentiable
     out, lse = torch.ops.tripod.rotary_attention(qkv.detach(), cos, sin)
     backward = torch.ops.tripod.rotary_attention_backward.default
     torch.library.opcheck(backward, (qkv.detach(), cos, sin, out, lse, d_out))
@@ -228,7 +228,7 @@ def test_selective_checkpointing_need_not_run_it_again(device, monkeypatch):
     contexts = partial(create_selective_checkpoint_contexts, policy)
     out = checkpoint(lambda x: rotary_attention(x * 1, *inputs[1:3]), qkv, use_reentrant=False, context_fn=contexts)
     out.backward(inputs[3])
-    assert len(rotations) == 2  # one of forward, one of backward
+    assert len(rotations) == 2  # one in forward, one in backward
     assert_same_bits(expected, dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *qkv.grad.unbind(3)))))
 
 
@@ -255,7 +255,7 @@ def test_refuses_what_the_kernels_can_not_do():
 
 
 def test_the_table_of_launches_fits_the_kernels():
-    """A diagonal block is a whole number of steps, and steps of 16 are the least that tensor cores take."""
+    """A diagonal block must be a whole number of steps, and tensor cores need steps of at least 16."""
 
     def whole(owned: int, step: int) -> bool:
         return owned % step == 0 and step >= 16
@@ -268,7 +268,7 @@ def test_the_table_of_launches_fits_the_kernels():
 
 
 def test_shapes_of_tiles_do_not_matter(monkeypatch, device):
-    """Tiles of other shapes, and dk and dv by one kernel or by two, give the same numbers but for rounding."""
+    """Tiles of other shapes, and one or two kernels for dk and dv, give the same numbers up to rounding."""
     inputs = draw(70, 32, torch.float32, device, batch=1, heads=1)
     wide, high = Tile(16, 64, 4, 1), Tile(64, 16, 4, 1)
     for launches in (Attention(high, high, wide), Attention(high, high, wide, Tile(32, 32, 4, 1))):
@@ -298,9 +298,9 @@ def test_the_same_bits_a_hundred_times(head_dim, device):
 @pytest.mark.xdist_group("large")
 @pytest.mark.gpu
 def test_more_than_2_to_the_31_numbers(device):
-    """The last sequence of many has the bits that it has alone."""
+    """The last sequence of a large batch has the same bits as alone."""
     seq, heads, head_dim = 2048, 8, 64
-    batch = 2**31 // (seq * heads * head_dim) + 2  # so that the output, the smallest tensor, is as large
+    batch = 2**31 // (seq * heads * head_dim) + 2  # the output, the smallest tensor, exceeds 2^31 elements
     cos, sin = rotary_tables(seq, 16, 10_000.0, torch.float32, device)
     qkv = torch.randn(batch, seq, heads, 3, head_dim, dtype=torch.bfloat16, device=device)
     d_out = torch.randn(batch, seq, heads, head_dim, dtype=torch.bfloat16, device=device)

@@ -22,9 +22,9 @@ pytestmark = pytest.mark.usefixtures("triton_kernels")
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Five tokens at once: a test of two chunks and a part needs only twelve."""
+    """Chunks of five tokens: twelve tokens are two chunks and a part."""
     monkeypatch.setattr(cross_entropy, "TRITON_CHUNK", 5)
-    monkeypatch.setattr(cross_entropy, "CHUNK", 5)  # products of other shapes would round differently
+    monkeypatch.setattr(cross_entropy, "CHUNK", 5)  # matmuls of other shapes would round differently
 
 
 def draw(tokens, vocab, width, dtype, device="cpu", weight_dtype=None, scale=1.0):
@@ -36,7 +36,7 @@ def draw(tokens, vocab, width, dtype, device="cpu", weight_dtype=None, scale=1.0
 
 
 def from_logits(logits):
-    """(hidden, weight) of which these are the logits."""
+    """(hidden, weight) whose matmul gives these logits."""
     hidden = torch.eye(len(logits), dtype=logits.dtype, device=logits.device).requires_grad_()
     return hidden, logits.T.contiguous().requires_grad_()
 
@@ -49,14 +49,14 @@ def loss_and_gradients(hidden, weight, targets, reduction="mean", upstream=None)
 
 
 def run_kernel(logits, targets, d_losses=None, with_gradient=True):
-    """(losses, gradient of their sum) of the kernel alone, which overwrites a copy."""
+    """(losses, gradient of their sum) by the kernel alone, on a copy of the logits."""
     d_logits, losses = logits.clone(), torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     cross_entropy.cross_entropy_in_place(d_logits, targets, losses, d_losses, with_gradient)
     return losses, d_logits
 
 
 def exactly(hidden, weight, targets, reduction="mean", upstream=None):
-    """The same in float64, with all logits at once. The products see weight in the dtype of hidden."""
+    """The same in float64, with all logits at once. The weight is cast to the dtype of hidden first."""
     weight = weight.to(hidden.dtype)
     hidden, weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
     loss = F.cross_entropy(hidden @ weight.T, targets, reduction=reduction)
@@ -70,7 +70,7 @@ def errors(ours, exact):
 
 
 def assert_as_good_as_the_definition(case, reduction="mean", upstream=None, floor=1e-6):
-    """Errors at most 1.1 times those of the definition in the same dtype, or `floor`."""
+    """Errors are at most 1.1 times those of the reference in the same dtype, or `floor`."""
     exact = exactly(*case, reduction, upstream)
     ours = errors(loss_and_gradients(*case, reduction, upstream), exact)
     kernels.backend.choose("torch")
@@ -93,7 +93,7 @@ def test_is_cross_entropy_in_float32(tokens, vocab, reduction, device, small_chu
 @pytest.mark.parametrize("weighed", [False, True])
 @pytest.mark.parametrize("vocab", [50_304, 50_432, 50_688])
 def test_the_vocabularies_of_pythia_in_float32(vocab, weighed, device):
-    """The kernel alone: the products around it round more than it does."""
+    """The kernel alone, because the matmuls around it round more than it does."""
     torch.manual_seed(vocab)
     logits, targets = torch.randn(3, vocab, device=device) * 3, torch.tensor([0, 17, vocab - 1], device=device)
     d_losses = torch.randn(3, device=device) if weighed else None
@@ -146,10 +146,10 @@ def adversarial_logits(vocab):
 def test_adversarial_logits(dtype, vocab, device):
     logits, targets = (x.to(device) for x in adversarial_logits(vocab))
     logits = logits.to(dtype)
-    z = logits.double().requires_grad_()  # the truth from what the type can hold
+    z = logits.double().requires_grad_()  # exact, from the values that the dtype can hold
     exact = F.cross_entropy(z, targets, reduction="none")
     (d_exact,) = torch.autograd.grad(exact.sum(), z)
-    # No product with 0 x infinity = NaN: the kernel itself, on its own.
+    # Without matmuls, where 0 x infinity = NaN: the kernel alone.
     losses, d_logits = run_kernel(logits, targets)
     torch.testing.assert_close(losses.double(), exact, rtol=1e-6, atol=2e-6)
     unit = torch.finfo(dtype).eps / 2
@@ -164,7 +164,7 @@ def test_without_gradient_the_logits_stay(device):
 
 
 def test_a_target_outside_the_vocabulary_gives_nan(device):
-    """The kernel cannot raise; a loss that looks like one would be worse."""
+    """The kernel cannot raise an error, so the loss must be NaN and not look like a loss."""
     hidden, weight = from_logits(torch.randn(4, 33, device=device))
     losses = linear_cross_entropy(hidden, weight, torch.tensor([0, 33, -1, 32], device=device), "none")
     assert losses.isnan().tolist() == [False, True, True, False]
@@ -179,11 +179,11 @@ def test_nan_logits_give_nan(device):
 
 
 def test_small_gradients_survive_float16(device):
-    """1 / tokens and the probability of a rare token multiply to less than float16 can hold: the loss scale must act
-    before they are rounded, not after."""
+    """1 / tokens times the probability of a rare token is too small for float16: the loss scale must be applied before
+    rounding."""
     tokens, vocab = 16, 20_000
     hidden = torch.ones(tokens, 8, device=device, dtype=torch.float16).requires_grad_()
-    weight = torch.zeros(vocab, 8, device=device, requires_grad=True)  # uniform: every probability is 5e-5
+    weight = torch.zeros(vocab, 8, device=device, requires_grad=True)  # all probabilities are 5e-5
     targets = torch.zeros(tokens, dtype=torch.long, device=device)
     (linear_cross_entropy(hidden, weight, targets) * 2.0**-8).backward()
     torch.testing.assert_close(weight.grad[7], torch.full_like(weight.grad[7], 2.0**-8 / vocab), rtol=2e-2, atol=0)
@@ -209,7 +209,7 @@ def test_any_strides(device, small_chunks):
     strided = [x.detach().T.contiguous().T.requires_grad_() for x in (hidden, weight)]
     targets = torch.stack([targets, targets], dim=1)[:, 0]  # stride 2
     losses = linear_cross_entropy(*strided, targets, "none")
-    gradients = torch.autograd.grad(losses.sum(), strided)  # sum hands back one number, expanded with stride 0
+    gradients = torch.autograd.grad(losses.sum(), strided)  # the gradient of sum is one number, expanded with stride 0
     assert max(errors((losses.detach(), *gradients), expected)) < 1e-6
     upstream = torch.rand(12, 3, device=device)[:, 1]  # stride 3
     ours, exact = (f(*strided, targets, "none", upstream) for f in (loss_and_gradients, exactly))
@@ -217,7 +217,7 @@ def test_any_strides(device, small_chunks):
 
 
 class Count(TorchDispatchMode):
-    """How often each operator of torch ran inside."""
+    """Counts the calls of every operator of torch."""
 
     def __init__(self):
         super().__init__()
@@ -232,7 +232,7 @@ class Count(TorchDispatchMode):
     ("reduction", "gradient", "products"), [("mean", False, 3), ("none", True, 3), ("mean", True, 9)]
 )
 def test_products_and_host_syncs(reduction, gradient, products, device, small_chunks):
-    """Three chunks: a product for the logits of each, and only where gradients are formed two more. Nothing that makes
+    """Three chunks: one matmul for the logits of each, and two more only if gradients are computed. No operator makes
     the host wait for the device."""
     hidden, weight, targets = draw(12, 97, 24, torch.float32, device)
     with torch.set_grad_enabled(gradient), Count() as count:
@@ -272,7 +272,7 @@ def test_compiled(reduction, device, small_chunks):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_selective_activation_checkpointing(reduction, device, small_chunks):
-    """Saved, the loss is computed once; recomputed, twice; and the gradients are the same."""
+    """The loss is computed once if saved and twice if recomputed; the gradients are the same."""
     hidden, weight, targets = draw(7, 40, 8, torch.float32, device)
     expected = loss_and_gradients(hidden, weight, targets, reduction)
 
@@ -327,7 +327,7 @@ def test_refuses_what_does_not_fit(change, message, device):
         linear_cross_entropy(*change(*case))
 
 
-# The ten sizes end in three padded vocabularies, after eight widths.
+# The ten sizes have eight widths and three padded vocabularies.
 WIDTHS = [(50_304, width) for width in (128, 256, 512, 768, 1024, 2048, 2560)] + [(50_432, 4096), (50_688, 5120)]
 
 
@@ -359,7 +359,7 @@ def test_a_hundred_runs_give_the_same_bits(vocab, device):
 @pytest.mark.xdist_group("large")
 @gpu
 def test_more_logits_than_2_to_the_31(device, monkeypatch):
-    """All of them in one chunk, 8.6 GB; the last rows lie past 2^32 bytes and past 2^31 elements."""
+    """All logits in one chunk, 8.6 GB: the last rows lie past 2^32 bytes and past 2^31 elements."""
     tokens, vocab = 43_000, 50_304
     assert tokens * vocab > 2**31
     monkeypatch.setattr(cross_entropy, "TRITON_CHUNK", tokens)
@@ -376,9 +376,9 @@ def test_more_logits_than_2_to_the_31(device, monkeypatch):
 @pytest.mark.xdist_group("large")
 @gpu
 def test_memory(device):
-    """8 rows of 2048 tokens of size 160m: all logits would be 1.65 GB, and their float32 copies several times 3.3."""
+    """8 rows of 2048 tokens of size 160m: all logits would take 1.65 GB, and each of their float32 copies 3.3 GB."""
     hidden, weight, targets = draw(8 * 2048, 50_304, 768, torch.bfloat16, device)
-    linear_cross_entropy(hidden[:64], weight, targets[:64])  # cuBLAS's workspace is not ours
+    linear_cross_entropy(hidden[:64], weight, targets[:64])  # allocates cuBLAS's workspace, which does not count
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -1,4 +1,4 @@
-"""The machine code of every shipped kernel, for GPUs that need not be here."""
+"""The machine code of every shipped kernel, for GPUs that this machine need not have."""
 
 import json
 from dataclasses import asdict, replace

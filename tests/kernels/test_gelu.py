@@ -1,4 +1,4 @@
-"""The Triton kernels of kernels/gelu.py against the definition in float64."""
+"""The Triton kernels of kernels/gelu.py against the reference in float64."""
 
 from functools import partial
 
@@ -15,7 +15,7 @@ forms = pytest.mark.parametrize("approximate", ["tanh", "none"])
 
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch):
-    """In the interpreter, which is slow: so that there are several programs, and the last one has fewer rows."""
+    """In the slow interpreter: few rows a program, so that small tests have several programs and a shorter last one."""
     if backend.INTERPRETED:
         monkeypatch.setattr(gelu, "ROWS", 3)
 
@@ -28,7 +28,7 @@ def draw(rows, ffn, dtype, device, parameters=None):
 
 
 def results(h, bias, da, approximate, dtype=None):
-    """The output and the gradients of h and bias. dtype means: by the definition, in it."""
+    """The output and the gradients of h and bias. With dtype: by the reference, in that dtype."""
     h, bias = (value.to(dtype or value.dtype, copy=True).requires_grad_() for value in (h, bias))
     backend.choose("torch" if dtype else "triton")
     out = bias_gelu(h, bias, approximate)
@@ -41,7 +41,7 @@ def error(value, exact):
 
 
 def assert_accurate(h, bias, da, approximate):
-    """float32: right to its rounding; narrower: as accurate as the definition in that type."""
+    """float32: exact up to rounding; half precision: as accurate as the reference in that dtype."""
     ours, exact = results(h, bias, da, approximate), results(h, bias, da, approximate, torch.float64)
     theirs = results(h, bias, da, approximate, h.dtype)
     for name, value in ours.items():
@@ -58,7 +58,7 @@ def test_is_the_definition(rows, ffn, dtype, approximate, device):
 
 @forms
 def test_every_float16(approximate, device):
-    """In every point the error is a rounding: of the largest number involved, which is |h|, or 1 in the derivative."""
+    """At every point the error is a rounding of the largest number involved: |h|, or 1 in the derivative."""
     h = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
     h = h[h.isfinite()].to(device)[None]  # [1, 63488]
     bias, da = torch.zeros_like(h[0]), torch.ones_like(h)
@@ -69,7 +69,7 @@ def test_every_float16(approximate, device):
 
 @forms
 def test_tails_do_not_overflow(approximate, device):
-    """h^3 and h^2 do, from 1e13 and 1e19 on."""
+    """h^3 overflows from 1e13 on, h^2 from 1e19 on; the result must not."""
     h = torch.tensor([[-3e38, -1e19, -1e13, -20.0, 20.0, 1e13, 1e19, 3e38]], device=device)
     ours = results(h, torch.zeros_like(h[0]), torch.ones_like(h), approximate)
     assert torch.equal(ours["out"], h.clamp(min=0))
@@ -77,14 +77,16 @@ def test_tails_do_not_overflow(approximate, device):
 
 
 def test_the_tail_of_tanh_keeps_its_digits(device):
-    """1 + tanh(z) cancels below -3, and torch's float32 has no digit left at -6; 1 / (1 + exp(-2z)) has."""
+    """1 + tanh(z) cancels below -3: torch's float32 has no correct digit at -6. 1 / (1 + exp(-2z)) does not cancel."""
     h = torch.linspace(-8, -1, 500, device=device)[None]
     ours = results(h, torch.zeros_like(h[0]), torch.ones_like(h), "tanh")
     exact = h.double().requires_grad_()
     out = exact * torch.sigmoid((8 / torch.pi) ** 0.5 * (exact + 0.044715 * exact**3))
     out.sum().backward()
     assert ((ours["out"] - out).abs() <= 1e-5 * out.abs()).all()
-    assert ((ours["dh"] - exact.grad).abs() <= 1e-5 * exact.grad.abs() + 1e-7 * (h > -2)).all()  # it is 0 at -0.75
+    assert (
+        (ours["dh"] - exact.grad).abs() <= 1e-5 * exact.grad.abs() + 1e-7 * (h > -2)
+    ).all()  # the derivative is 0 at -0.75
 
 
 @forms

@@ -1,4 +1,4 @@
-"""The Triton kernels of kernels/layernorm.py against the definition in float64."""
+"""The Triton kernels of kernels/layernorm.py against the reference in float64."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ NAMES = ("x", "attn", "mlp", "weight1", "bias1", "weight2", "bias2", "branch_bia
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
-    """In the interpreter, which is slow: so that a program of backward has several rows, and the last one fewer."""
+    """In the slow interpreter: few programs, so that in backward each has several rows and the last one fewer."""
     if backend.INTERPRETED:
         monkeypatch.setattr(layernorm, "WARPS", 32)
 
@@ -34,7 +34,7 @@ def draw(rows, hidden, dtype, device, parameters=None, without=()):
 
 
 def results(values, upstream, dtype=None):
-    """The outputs, and the gradients of what there is in values, by name. dtype means: by the definition, in it."""
+    """The outputs and the gradients of all values, by name. With dtype: by the reference, in that dtype."""
     leaves = {n: None if v is None else v.to(dtype or v.dtype, copy=True).requires_grad_() for n, v in values.items()}
     backend.choose("torch" if dtype else "triton")
     first = (leaves["x"], leaves["attn"], leaves["mlp"], leaves["weight1"], leaves["bias1"])
@@ -55,13 +55,13 @@ def upstreams(x, names=("x'", "u", "v")):
 
 
 def error(value, exact):
-    if exact is None:  # no gradient: the op may as well return zeros
+    if exact is None:  # no gradient: the op may return zeros
         return float(value is not None and value.any())
     return ((value.double() - exact).norm() / exact.norm().clamp(min=1e-30)).item()
 
 
 def assert_accurate(values, upstream):
-    """float32: right to its rounding; narrower: as accurate as the definition in that type."""
+    """float32: exact up to rounding; half precision: as accurate as the reference in that dtype."""
     dtype, ours, exact = values["x"].dtype, results(values, upstream), results(values, upstream, torch.float64)
     theirs = results(values, upstream, dtype)
     assert ours.keys() == exact.keys()
@@ -92,7 +92,7 @@ def test_is_the_definition(rows, hidden, without, dtype, device):
 
 @pytest.mark.parametrize("used", [["x'"], ["u"], ["v"], ["x'", "u"], ["u", "v"]])
 def test_outputs_that_are_not_used(used, device, monkeypatch):
-    """Behind the last norm nobody reads x': no zeros are written and read for its gradient."""
+    """Nothing reads x' after the last norm: no zeros are allocated for its gradient."""
     values, backward = draw(6, 96, torch.float32, device), layernorm._add_layer_norms_backward
 
     def watched(residual, d_residual, *others):
@@ -104,7 +104,7 @@ def test_outputs_that_are_not_used(used, device, monkeypatch):
 
 
 def test_float32_parameters_of_float16_activations(device):
-    """Their gradients are summed and returned in float32: the only rounding to float16 is that of x'."""
+    """Gradients of float32 parameters are summed and returned in float32: only x' is rounded to float16."""
     values = draw(70, 64, torch.float16, device, parameters=torch.float32)
     upstream = upstreams(values["x"], ["u", "v"])
     ours, exact = results(values, upstream), results(values, upstream, torch.float64)
@@ -116,7 +116,7 @@ def test_float32_parameters_of_float16_activations(device):
 
 
 def test_norms_are_of_what_was_stored(device):
-    """Of x' as rounded to float16, which backward and the next layer read."""
+    """The norms are of x' as rounded to float16, because backward and the next layer read that."""
     values = draw(4, 256, torch.float16, device)
     values["x"] += 100
     ours = results(values, {"u": upstreams(values["x"])["u"]})
@@ -126,14 +126,14 @@ def test_norms_are_of_what_was_stored(device):
 
 
 def test_constant_rows_and_large_offsets(device):
-    """Variance 0, and a mean that is a thousand deviations: mean(x^2) - mean(x)^2 would have no digit right."""
+    """Variance 0, and a mean of a thousand deviations, where mean(x^2) - mean(x)^2 has no correct digit."""
     values = draw(4, 512, torch.float32, device, without=("attn", "mlp", "branch_bias"))
     values["x"][0], values["x"][1] = 0.0, 3.0
     values["x"][2:] += 1000.0
     _, u, _ = add_dual_layer_norm(*(values[name] for name in NAMES[:7]))
     assert torch.equal(u[:2], values["bias1"].expand(2, -1))
     exact = F.layer_norm(values["x"][2:].double(), (512,), values["weight1"].double(), values["bias1"].double())
-    torch.testing.assert_close(u[2:].double(), exact, rtol=0, atol=1e-3)  # 1000 has a rounding of 6e-5
+    torch.testing.assert_close(u[2:].double(), exact, rtol=0, atol=1e-3)  # float32 rounds 1000 by 6e-5
 
 
 def test_x_is_handed_on_when_nothing_is_added(device):
@@ -143,7 +143,7 @@ def test_x_is_handed_on_when_nothing_is_added(device):
 
 
 def test_the_shared_gradient_is_not_shared_by_its_owners(device):
-    """x, attn and mlp have one gradient; what is then done to that of one must not touch the others."""
+    """x, attn and mlp have equal gradients; changing one in place must not change the others."""
     values = draw(4, 64, torch.float32, device)
     leaves = {name: value.requires_grad_() for name, value in values.items()}
     for _ in range(2):
@@ -319,7 +319,7 @@ def test_more_than_two_to_the_31_elements():
     values = draw(8, hidden, torch.bfloat16, "cuda", without=("mlp",))
     long = {n: v.repeat(-(-rows // 8), 1)[:rows] if n in ("x", "attn") else v for n, v in values.items()}
     upstream = upstreams(values["x"])
-    tail = slice(rows - 8 - rows % 8, rows - rows % 8)  # a whole repetition, past 2^31
+    tail = slice(rows - 8 - rows % 8, rows - rows % 8)  # one full repetition, past 2^31 elements
     ours = results(long, {name: gradient.repeat(-(-rows // 8), 1)[:rows] for name, gradient in upstream.items()})
     short = results(values, upstream)
     for name in ("x'", "u", "v", "d_x", "d_attn"):

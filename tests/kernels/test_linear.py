@@ -1,4 +1,4 @@
-"""kernels.linear against float64. For float32 on a CPU it calls another library than torch does."""
+"""kernels.linear against float64. For float32 on a CPU it calls oneDNN instead of MKL."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Every Triton kernel as it is launched for the ten sizes, so that it can be compiled, without a GPU, and inspected."""
+"""Every Triton kernel as it is launched for the ten sizes, to be compiled without a GPU and inspected."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Shipped:
-    """One specialisation of a kernel. `signature` has the type of every argument that is no constant, by name:
+    """One specialisation of a kernel. `signature` has the type of every argument that is not constant, by name:
     "*bf16", "i32", "fp32", "tensordesc<bf16[128, 64]>"; `constants` the value of every tl.constexpr."""
 
     name: str  # unique: "attention forward, head_dim 64"
@@ -15,4 +15,4 @@ class Shipped:
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
-    products: bool = False  # whether it multiplies matrices, and so must use the tensor cores
+    products: bool = False  # whether it has matmuls, and so must use the tensor cores

@@ -16,8 +16,8 @@ HEADS = {config.head_dim: config.heads for config in SIZES.values()}
 def _shipped(
     what: str, kernel: Any, arch: int, head_dim: int, tile: tiles.Tile, tensors: dict[str, int], **constants: bool
 ) -> Shipped:
-    """One attention kernel. `tensors` maps the name of a tensor of tiles to the rows of its tiles. From Hopper on these
-    tensors are passed as descriptors, before as pointers, one for every column chunk."""
+    """One attention kernel. `tensors` maps the name of a tensor to the rows of its tiles. Such a tensor is
+    passed as descriptors from Hopper on, and as pointers before, one for every column chunk."""
     signature = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "seq": "i32"}
     constants |= {"HEADS": HEADS[head_dim], "HEAD_DIM": head_dim, "HALF": head_dim // 8}
     constants |= {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k}

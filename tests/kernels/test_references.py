@@ -1,4 +1,4 @@
-"""The plain-torch definitions against formulas written out in float64."""
+"""The torch references against formulas written out in float64."""
 
 import math
 
@@ -49,7 +49,7 @@ def test_rotary_attention_is_the_formula(head_dim, rotary_dim):
 
 @pytest.mark.parametrize("seq", [1, 63, 64, 133, SHORT_SEQ, SHORT_SEQ + 1])
 def test_short_rows_and_long_ones_have_the_same_attention(seq):
-    """Up to SHORT_SEQ positions there is a way of its own on a CPU, but not for float64."""
+    """Up to SHORT_SEQ positions CPUs have an implementation of their own, except for float64."""
     torch.manual_seed(0)
     qkv = torch.randn(2, seq, 3, 3, 16, dtype=torch.float64)
     qkv[0] *= 30  # probabilities of 0 and 1
@@ -69,7 +69,7 @@ def test_short_rows_and_long_ones_have_the_same_attention(seq):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_short_rows_in_half_precision_are_as_exact_as_torch(dtype):
-    """Scores of up to 40, which half precision would round by up to 0.1."""
+    """Scores of up to 40: half precision would round them by up to 0.1."""
     torch.manual_seed(0)
     qkv = 2.5 * torch.randn(2, 150, 3, 3, 16, dtype=torch.float64)
     d_out = torch.randn(2, 150, 3, 16, dtype=torch.float64)
@@ -91,7 +91,7 @@ def test_short_rows_in_half_precision_are_as_exact_as_torch(dtype):
 
 
 def test_rotary_tables_keep_far_positions_apart():
-    """GPT-NeoX v1.0 formed the angles in half precision, where positions near 2048 coincide."""
+    """GPT-NeoX v1.0 computed the angles in half precision, so that positions near 2048 coincide."""
     cos, sin = rotary_tables(2048, 32, 10_000.0, torch.float32, "cpu")
     exact = torch.tensor(2047.0, dtype=torch.float64)
     assert abs(cos[2047, 0].item() - exact.cos().item()) < 1e-7
@@ -138,7 +138,7 @@ def test_add_dual_layer_norm_is_the_formula():
 
 
 def test_residual_sum_has_the_order_of_gpt_neox():
-    """x + (attn + mlp): in float16 another order gives another number."""
+    """x + (attn + mlp): in float16 another order of the sum gives another number."""
     x, attn, mlp = (torch.tensor([v], dtype=torch.float16) for v in (2048.0, 1.0, 1.0))
     one = torch.ones(1, dtype=torch.float16)
     assert add_layer_norm(x, attn, mlp, one, one)[0].item() == 2050.0  # (2048 + 1) + 1 rounds to 2048
@@ -179,8 +179,8 @@ def test_linear_cross_entropy_is_cross_entropy(tokens, reduction):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_linear_cross_entropy_in_narrow_types(dtype, tolerance):
-    """The gradient is that of float64 on the rounded inputs, up to the rounding of the type; that of a float32 weight
-    is accumulated in float32."""
+    """The gradient equals that of float64 on the rounded inputs, up to the rounding of the dtype. The gradient of a
+    float32 weight is accumulated in float32."""
     torch.manual_seed(0)
     hidden = torch.randn(2 * CHUNK, 64).to(dtype).requires_grad_()
     weight = (torch.randn(997, 64) * 0.2).to(dtype).float().requires_grad_()
@@ -201,7 +201,7 @@ def test_linear_cross_entropy_in_narrow_types(dtype, tolerance):
 @pytest.mark.gpu  # on a CPU torch multiplies by a scalar in float32 anyway
 @pytest.mark.parametrize("tokens", [600, 700])
 def test_the_mean_of_bfloat16_is_not_biased(tokens, device):
-    """1 / tokens in bfloat16 is off by up to 2e-3, which all gradients would share."""
+    """1 / tokens in bfloat16 is off by up to 2e-3, an error that all gradients would share."""
     torch.manual_seed(0)
     hidden, weight = (torch.randn(n, 32, device=device, dtype=torch.bfloat16) for n in (tokens, 50))
     targets = torch.randint(50, (tokens,), device=device)
@@ -213,17 +213,17 @@ def test_the_mean_of_bfloat16_is_not_biased(tokens, device):
 
 
 def test_small_gradients_survive_float16():
-    """1 / tokens and the probability of a rare token multiply to less than float16 can hold: the loss scale must act
-    before they are rounded, not after."""
+    """1 / tokens times the probability of a rare token is too small for float16: the loss scale must be applied before
+    rounding."""
     hidden = torch.randn(CHUNK, 8).half().requires_grad_()
-    weight = torch.zeros(50_000, 8, requires_grad=True)  # uniform: every probability is 2e-5, 2e-8 after the mean
+    weight = torch.zeros(50_000, 8, requires_grad=True)  # all probabilities are 2e-5, and 2e-8 after the mean
     (linear_cross_entropy(hidden, weight, torch.zeros(CHUNK, dtype=torch.long)) * 4096).backward()
     expected = 4096 / CHUNK / 50_000 * hidden.detach().float().sum(0)
     torch.testing.assert_close(weight.grad[7], expected, rtol=2e-2, atol=1e-6)
 
 
 def test_extreme_logits_give_finite_losses():
-    """The target may be far below float32's smallest probability; the loss is still the logit's distance."""
+    """The probability of the target is below the smallest float32; the loss is still the distance of the logits."""
     weight = torch.tensor([[300.0], [0.0], [-300.0]], requires_grad=True)
     losses = linear_cross_entropy(torch.ones(3, 1), weight, torch.tensor([0, 1, 2]), "none")
     assert losses.tolist() == [0.0, 300.0, 600.0]
