@@ -32,8 +32,9 @@ from kernels import backend
 from model import SIZES, Config, Pythia
 from model.huggingface import Export, read_config, read_weights
 from model.sizes import is_published_step
-from parallel.fsdp import RECOMPUTE, SHARD, init_weights, local, local_rows, set_recompute, shard_weights
+from parallel.fsdp import SHARD, init_weights, local, local_rows, shard_weights
 from parallel.gradients import Gradients
+from parallel.recompute import RECOMPUTE, set_recompute
 from plan.memory import Job, choose_shard
 from plan.report import parse_machine, report
 from plan.time import peak_flops

@@ -33,8 +33,8 @@ from bench.timing import ForeignCPU, repeat_while_disturbed, synchronize
 from model import SIZES, Config, Pythia
 from model.pythia import init_std
 from model.sizes import VOCAB_USED
-from parallel.fsdp import set_recompute
 from parallel.gradients import Gradients
+from parallel.recompute import set_recompute
 from runtime.host import reuse_freed_memory, supports_bf16_matmul
 from runtime.ranks import Dist
 from step import Step, make_optimizer

@@ -33,7 +33,7 @@ from bench.peers import PACKAGES, obstacle
 from bench.report import step_table
 from bench.timing import disturbed, flush_of
 from model import SIZES
-from parallel.fsdp import RECOMPUTE
+from parallel.recompute import RECOMPUTE
 from plan.time import peak_flops
 from runtime.errors import Parser, UserError, run_command
 from runtime.files import atomic_write

@@ -24,8 +24,6 @@ from torch.distributed.tensor import DTensor
 
 from model import Pythia
 from model.pythia import initial_rows
-from parallel.recompute import RECOMPUTE as RECOMPUTE
-from parallel.recompute import set_recompute as set_recompute
 from runtime.errors import UserError
 from runtime.ranks import Dist
 

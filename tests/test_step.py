@@ -9,8 +9,8 @@ import torch
 
 from kernels import backend
 from model import SIZES, Pythia
-from parallel.fsdp import set_recompute
 from parallel.gradients import Gradients
+from parallel.recompute import set_recompute
 from runtime.ranks import Dist
 from step import LossScaler, Step, learning_rate, make_optimizer
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model import SIZES, KVCache, Pythia
 from model.huggingface import huggingface_name, load, published_config
 from model.pythia import INIT_BLOCK, init_std, initial_rows
-from parallel.fsdp import RECOMPUTE, set_recompute
+from parallel.recompute import RECOMPUTE, set_recompute
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "hf"
 PINNED = (-0.00681692, 0.05345108, -0.03836452)

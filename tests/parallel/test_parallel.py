@@ -85,7 +85,7 @@ import torch.distributed as torch_dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from kernels import backend
 from model import SIZES, Pythia
-from parallel.fsdp import set_recompute
+from parallel.recompute import set_recompute
 
 kernels, recompute, file = sys.argv[1:]
 backend.choose(kernels)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model import SIZES, Pythia
-from parallel.fsdp import RECOMPUTE, set_recompute
+from parallel.recompute import RECOMPUTE, set_recompute
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)

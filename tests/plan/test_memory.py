@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from model import SIZES
-from parallel.fsdp import RECOMPUTE, SHARD
+from parallel.fsdp import SHARD
+from parallel.recompute import RECOMPUTE
 from plan.memory import (
     RECOMPUTED_ACTIVATIONS,
     SAVED_ACTIVATIONS,
@@ -36,7 +37,8 @@ import torch
 from model import SIZES, Pythia
 from parallel.gradients import Gradients
 from runtime.ranks import end_dist, init_dist
-from parallel.fsdp import set_recompute, shard_weights
+from parallel.fsdp import shard_weights
+from parallel.recompute import set_recompute
 from step import Step, make_optimizer
 
 def status(name):
@@ -153,6 +155,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from parallel import fsdp, gradients
+from parallel.recompute import set_recompute
 from runtime.ranks import Dist
 from kernels import backend
 from kernels.cross_entropy import TRITON_CHUNK
@@ -202,7 +205,7 @@ def peak_of_a_step(config, micro_batch, recompute, shard, micro_steps, whole_gra
         model.compute_dtype = torch.float16  # as wide as bfloat16, which the interpreter refuses
         ranks = Dist(0, world, torch.device("cpu"), local_world_size=8)
         fsdp.shard_weights(model, shard, ranks, torch.float16)
-        fsdp.set_recompute(model, recompute)
+        set_recompute(model, recompute)
         step = Step(model, gradients.Gradients(model, ranks, shard, whole_gradients), None, ranks)
         tokens = torch.zeros(micro_steps, micro_batch, 2049, dtype=torch.long)
         with alive:
