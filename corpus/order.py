@@ -57,7 +57,7 @@ def describe(array: np.ndarray) -> dict:
 
 
 def load_maps(cache: Path, request: dict) -> tuple[dict[str, np.ndarray], dict] | None:
-    """Return the memory-mapped maps and their descriptions, or None. Deletes a cache that is damaged or of another request."""
+    """Return the memory-mapped maps and their descriptions, or None. Deletes a cache that does not fit the request."""
     try:
         if not cache.exists():
             return None

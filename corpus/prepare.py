@@ -220,13 +220,13 @@ def check_paths(inputs: list[Path], outputs: list[Path]) -> None:
             raise UserError(f"{path}: no such file")
 
 
-def demo(directory: str | Path = "runs") -> Path:
-    """Return the prefix of the demo corpus, and build it at the first use. It is the source code of this Python's
-    standard library: real text that every machine has, one token per byte, one document per file.
+def demo() -> Path:
+    """Return the prefix of the demo corpus, and build it at the first use.
 
-    Raises UserError if the source code is missing or the corpus cannot be written.
+    It is the source code of this Python's standard library: real text that every machine has, one token per byte, one
+    document per file. Raises UserError if the source code is missing or the corpus cannot be written.
     """
-    prefix = Path(directory) / "demo"
+    prefix = Path("runs/demo")
     if Path(f"{prefix}.idx").exists():
         return prefix
     library = Path(sysconfig.get_paths()["stdlib"])
