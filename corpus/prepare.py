@@ -35,9 +35,10 @@ DEMO_WITHOUT |= {"encodings", "pydoc_data", "__pycache__"}
 
 
 def read_blocks(path: Path, bar: tqdm) -> Iterator[bytes]:
-    """Yield the lines of a .jsonl file, or CHUNK bytes at a time of any other file or pipe. Moves a progress bar."""
+    """Yield the lines of a .jsonl file, or of another file or pipe up to CHUNK bytes at a time. Moves the bar."""
     with open(path, "rb") as file:
-        for block in file if path.name.endswith(".jsonl") else iter(lambda: file.read(CHUNK), b""):
+        # read1 does not wait until a pipe has given CHUNK bytes, so Ctrl-C is seen between two reads.
+        for block in file if path.name.endswith(".jsonl") else iter(lambda: file.read1(CHUNK), b""):
             bar.update(len(block))
             yield block
 
