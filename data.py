@@ -3,15 +3,10 @@
 How a token travels:
 
     file         PREFIX.bin      the tokens of all documents, end to end; PREFIX.idx stores where each document starts
-      |
     document     doc_idx         every document once per epoch; the documents of all epochs are shuffled together
-      |
     stream       sample_idx      the documents in that order, end to end, cut every seq_len tokens
-      |
     row          shuffle_idx     seq_len + 1 tokens; the rows are shuffled; neighbours in the stream share one token
-      |
     step t       rows [batch_size * t, batch_size * (t + 1)): there is no state to save, so none to restore
-      |
     micro-batch  a micro-step takes micro_batch * world_size consecutive rows; rank r gets the r-th micro_batch of them
 
 The batch of a step depends only on the step, not on the number of ranks. A pre-shuffled data set (a directory with
@@ -57,8 +52,7 @@ def batch(
 def row_numbers(step: int, batch_size: int, micro_batch: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
     """Return the numbers of the rows that a rank sees in a step: int64 [micro_steps, micro_batch].
 
-    As in GPT-NeoX, a micro-step takes micro_batch * world_size consecutive rows, and rank r gets the r-th micro_batch
-    of them. Raises UserError if batch_size or micro_batch does not divide.
+    As GPT-NeoX deals them (see `micro-batch` above). Raises UserError if batch_size or micro_batch does not divide.
     """
     if batch_size < 1 or batch_size % world_size:
         near = max(batch_size // world_size, 1) * world_size
@@ -88,9 +82,6 @@ def check_vocab(tokens: np.ndarray, vocab: int, step: int, rank: int = 0, world_
             f"step {step}, row {row}, position {position}: token id {tokens[j, k, position]} is outside the vocabulary"
             f" of {vocab}; was the data made with another tokenizer?"
         )
-
-
-# --- The data set ---------------------------------------------------------------------------------------------------
 
 
 def open_rows(data: str | Path, samples: int, seq_len: int = 2048, seed: int = 1234) -> Rows:
@@ -141,9 +132,6 @@ def fingerprint(rows: Rows) -> dict:
         "order_sha256": rows.sha256,
         "bin_sha256": data.tokens_sha256() if data.tokens * data.dtype.itemsize < 10**9 else None,
     }
-
-
-# --- Commands (their docstrings are the text of --help) ---------------------------------------------------------------
 
 
 def run_prepare(args: argparse.Namespace) -> None:
@@ -203,9 +191,8 @@ def main() -> None:
     commands = parser.add_subparsers(required=True, metavar="prepare | info | view")
 
     def add(name: str, run, example: str) -> Parser:
-        command = commands.add_parser(
-            name, help=run.__doc__, description=run.__doc__, epilog=f"example: python data.py {name} {example}"
-        )
+        text, example = run.__doc__, f"example: python data.py {name} {example}"
+        command = commands.add_parser(name, help=text, description=text, epilog=example)
         command.set_defaults(run=run)
         return command
 

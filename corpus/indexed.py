@@ -2,9 +2,7 @@
 
 import glob
 import hashlib
-import re
 import struct
-import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from itertools import accumulate
@@ -22,13 +20,8 @@ HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, n, m
 DTYPES = {code: np.dtype(name) for code, name in {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}.items()}
 
 
-def print_note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr, flush=True)
-
-
 def block_slices(count: int, label: str, size: int = 1 << 20) -> Iterator[slice]:
-    """Yield slices of at most `size` that cover range(count), so that only one block is in memory at a time. A progress
-    bar appears after two seconds."""
+    """Yield slices of at most `size` that cover range(count). A progress bar appears after two seconds."""
     for start in tqdm(range(0, count, size), desc=label, delay=2, leave=False, disable=None):
         yield slice(start, min(start + size, count))
 
@@ -61,22 +54,20 @@ def bin_files(prefix: Path) -> tuple[list[Path], str]:
     whole = Path(f"{prefix}.bin")
     if whole.exists():
         return [whole], ""
-    shards: dict[int, dict[int, Path]] = {}  # number after "-of-" -> number of the shard -> file
-    for path in prefix.parent.glob(f"{glob.escape(prefix.name)}-*-of-*.bin"):
-        if match := re.fullmatch(r"-(\d{5})-of-(\d{5})\.bin", path.name[len(prefix.name) :]):
-            shards.setdefault(int(match[2]), {})[int(match[1])] = path
-    if not shards:
+    digits = "[0-9]" * 5
+    paths = sorted(prefix.parent.glob(f"{glob.escape(prefix.name)}-{digits}-of-{digits}.bin"))
+    if not paths:
         raise UserError(f"{whole}: no such file, and no shards {prefix}-00000-of-000NN.bin either")
-    if len(shards) > 1:
-        raise UserError(f"{prefix}: shards of {len(shards)} different sets side by side; keep one of them")
-    ((last, paths),) = shards.items()
-    for number in range(max(last, 1)):
-        if number not in paths:
+    numbers, lasts = zip(*(map(int, path.stem[-14:].split("-of-")) for path in paths))
+    if len(sets := {*lasts}) > 1:
+        raise UserError(f"{prefix}: shards of {len(sets)} different sets side by side; keep one of them")
+    last = lasts[0]
+    for number in range(last):
+        if number not in numbers:
             raise UserError(f"{prefix}-{number:05d}-of-{last:05d}.bin: this shard is missing; fetch it again")
-    if max(paths) > last:
-        raise UserError(f"{paths[max(paths)]}: a shard beyond the last one, {last}; remove or rename it")
-    hint = "" if last in paths else f"; is the shard {prefix}-{last:05d}-of-{last:05d}.bin missing?"
-    return [paths[number] for number in sorted(paths)], hint
+    if numbers[-1] > last:
+        raise UserError(f"{paths[-1]}: a shard beyond the last one, {last}; remove or rename it")
+    return paths, "" if last in numbers else f"; is the shard {prefix}-{last:05d}-of-{last:05d}.bin missing?"
 
 
 class IndexedTokens:
@@ -93,19 +84,21 @@ class IndexedTokens:
 
     def __init__(self, prefix: str | Path):
         self.prefix, self.index_file = Path(prefix), Path(f"{prefix}.idx")
-        self.index = map_bytes(self.index_file)
-        self._read_header()
-        # The arrays start at byte 34, so these views are unaligned; numpy reads them correctly.
-        pointers_at, marks_at = HEADER.size + 4 * self.documents, HEADER.size + 12 * self.documents
-        self.sizes = self.index[HEADER.size : pointers_at].view("<i4")
-        self._pointers = self.index[pointers_at:marks_at].view("<i8")
-        self._marks = self.index[marks_at:].view("<i8")
-        self._count_tokens()
-        self._open_bin()
+        raw = map_bytes(self.index_file)
+        self._read_index(raw)
+        self.files, hint = bin_files(self.prefix)
+        self._shards = [map_bytes(path) for path in self.files]
+        self._starts = [0, *accumulate(map(len, self._shards))]  # first byte of each shard in the data set, and the end
+        width = self.dtype.itemsize
+        if excess := self._starts[-1] - self.tokens * width:
+            problem = f"{excess} bytes too long" if excess > 0 else f"truncated, {-excess} bytes are missing{hint}"
+            name = self.files[0] if len(self.files) == 1 else f"{self.prefix}-*.bin"
+            raise UserError(f"{name}: {problem} ({self.index_file} says {self.tokens} tokens of {width} bytes)")
         self._check_positions()
+        self.index_sha256 = sha256([raw], "hashing the index")
 
-    def _read_header(self) -> None:
-        index, raw = self.index_file, self.index
+    def _read_index(self, raw: np.ndarray) -> None:
+        index = self.index_file
         if len(raw) < HEADER.size:
             raise UserError(f"{index}: {len(raw)} bytes are too few for a header of {HEADER.size}; fetch it again")
         magic, version, code, self.documents, self.marks = HEADER.unpack(raw[: HEADER.size].tobytes())
@@ -124,25 +117,14 @@ class IndexedTokens:
                 f"{index}: {len(raw)} bytes, but counts ({self.documents} sequences, {self.marks} document marks)"
                 f" need {expected}: truncated or damaged; fetch it again"
             )
-
-    def _count_tokens(self) -> None:
-        self.tokens = 0
-        for block in block_slices(self.documents, "checking sizes"):
-            sizes = self.sizes[block]
-            if (negative := sizes < 0).any():
-                sequence = block.start + negative.argmax()
-                raise UserError(f"{self.index_file}: sequence {sequence} has a negative size; damaged, fetch it again")
-            self.tokens += int(sizes.sum(dtype=np.int64))
-
-    def _open_bin(self) -> None:
-        self.files, hint = bin_files(self.prefix)
-        self._shards = [map_bytes(path) for path in self.files]
-        self._starts = [0, *accumulate(map(len, self._shards))]  # first byte of each shard in the data set, and the end
-        width = self.dtype.itemsize
-        if excess := self._starts[-1] - self.tokens * width:
-            problem = f"{excess} bytes too long" if excess > 0 else f"truncated, {-excess} bytes are missing{hint}"
-            name = self.files[0] if len(self.files) == 1 else f"{self.prefix}-*.bin"
-            raise UserError(f"{name}: {problem} ({self.index_file} says {self.tokens} tokens of {width} bytes)")
+        # The arrays start at byte 34, so these views are unaligned; numpy reads them correctly.
+        pointers_at, marks_at = HEADER.size + 4 * self.documents, HEADER.size + 12 * self.documents
+        self.sizes = raw[HEADER.size : pointers_at].view("<i4")
+        self._pointers, self._marks = raw[pointers_at:marks_at].view("<i8"), raw[marks_at:].view("<i8")
+        if self.sizes.min(initial=0) < 0:
+            sequence = (self.sizes < 0).argmax()
+            raise UserError(f"{index}: sequence {sequence} has a negative size; damaged, fetch it again")
+        self.tokens = int(self.sizes.sum(dtype=np.int64))
 
     def _check_positions(self) -> None:
         index, begin = self.index_file, 0  # begin: byte of the data set; the sizes fit the files, so nothing overflows
@@ -152,14 +134,11 @@ class IndexedTokens:
                 sequence = block.start + wrong.argmax()
                 raise UserError(f"{index}: position of sequence {sequence} is not the sum of the sizes before it")
             begin += int(lengths.sum())
-
         # The writer of the pre-shuffled data sets never ended a document, so they have only the first mark.
         if self._marks[0] != 0 or (self.marks > 1 and self._marks[-1] != self.documents):
             raise UserError(f"{index}: document marks do not run from 0 to {self.documents}; damaged, fetch it again")
-        for block in block_slices(self.marks, "checking documents"):
-            marks = self._marks[max(block.start - 1, 0) : block.stop]
-            if (marks[1:] < marks[:-1]).any():
-                raise UserError(f"{index}: document marks go backwards near {block.start}; damaged, fetch it again")
+        if (wrong := self._marks[1:] < self._marks[:-1]).any():
+            raise UserError(f"{index}: document marks go backwards after {wrong.argmax()}; damaged, fetch it again")
 
     def read(self, position: int, count: int) -> np.ndarray:
         """Return tokens [count] from `position` in the tokens of all documents. Raises IndexError outside the data."""
@@ -174,9 +153,6 @@ class IndexedTokens:
     def start(self, document: int) -> int:
         """Return the position, in tokens, at which a document starts."""
         return int(self._pointers[document]) // self.dtype.itemsize
-
-    def index_sha256(self) -> str:
-        return sha256([self.index], "hashing the index")
 
     def tokens_sha256(self) -> str:
         return sha256(self._shards, "hashing the tokens")

@@ -18,13 +18,8 @@ def row_digests(batch: np.ndarray) -> np.ndarray:
 
 
 def digest(row_digests: np.ndarray) -> str:
-    """Return the sha256 of the concatenated row digests, so that each rank hashes only its own rows."""
+    """Return the hex sha256 of a batch, from its row digests, so that each rank hashes only its own rows."""
     return hashlib.sha256(row_digests.tobytes()).hexdigest()
-
-
-def batch_sha256(batch: np.ndarray) -> str:
-    """Return the hex digest of a whole batch [..., seq_len + 1], as metrics.jsonl records it."""
-    return digest(row_digests(batch))
 
 
 class Batch(NamedTuple):
@@ -44,7 +39,7 @@ class Loader:
         self.read, self.steps, self.device = read, iter(range(start, stop)), device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.thread = ThreadPoolExecutor(1, "loader")
-        self._read_ahead()
+        self._next = self.thread.submit(self._load)
 
     def __enter__(self) -> "Loader":
         return self
@@ -55,19 +50,15 @@ class Loader:
     def next(self) -> Batch:
         """Return the batch of the next step, and start to read the one after it."""
         batch = self._next.result()
-        self._read_ahead()
+        self._next = self.thread.submit(self._load)
         if batch.copied:
             batch.copied.wait()
             # The allocator must not reuse this memory before the current stream has read it.
             batch.tokens.record_stream(torch.cuda.current_stream())
         return batch
 
-    def _read_ahead(self) -> None:
-        step = next(self.steps, None)
-        self._next = None if step is None else self.thread.submit(self._load, step)
-
-    def _load(self, step: int) -> Batch:
-        rows = self.read(step)
+    def _load(self) -> Batch:
+        rows = self.read(next(self.steps))  # after the last step: StopIteration, which stays in a future nobody reads
         tokens, digests = torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(row_digests(rows))
         if not self.stream:
             return Batch(tokens, digests, None)

@@ -6,15 +6,15 @@ import json
 import operator
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 
-from corpus.indexed import IndexedTokens, block_slices, print_note, sha256
+from corpus.indexed import IndexedTokens, block_slices, sha256
 from runtime.errors import UserError
 
 MAPS = ("doc_idx", "sample_idx", "shuffle_idx")
-CACHE_FORMAT = 1
 
 
 def index_maps(sizes: np.ndarray, epochs: int, seq_len: int, seed: int) -> dict[str, np.ndarray]:
@@ -52,16 +52,12 @@ def index_maps(sizes: np.ndarray, epochs: int, seq_len: int, seed: int) -> dict[
     return dict(zip(MAPS, (doc_idx, sample_idx, shuffle_idx)))
 
 
-# The cache: a directory with the three maps and order.json, which stores the request and a checksum of each map
-
-
 def describe(array: np.ndarray) -> dict:
     return {"dtype": array.dtype.str, "shape": [*array.shape], "sha256": sha256([array], "hashing the order")}
 
 
 def load_maps(cache: Path, request: dict) -> tuple[dict[str, np.ndarray], dict] | None:
-    """Return the memory-mapped maps and their descriptions. If they are damaged or answer another request, delete the
-    cache and return None."""
+    """Return the memory-mapped maps and their descriptions, or None. Deletes a cache that does not fit the request."""
     try:
         if not cache.exists():
             return None
@@ -74,7 +70,7 @@ def load_maps(cache: Path, request: dict) -> tuple[dict[str, np.ndarray], dict] 
                 raise ValueError(f"{name}.npy has changed since it was written")
         return maps, stored["arrays"]
     except Exception as error:  # whatever is wrong with a cache, building it again repairs it
-        print_note(f"{cache}: unusable ({error}); building the order again")
+        print(f"note: {cache}: unusable ({error}); building the order again", file=sys.stderr)
         shutil.rmtree(cache, ignore_errors=True)
         return None
 
@@ -92,7 +88,7 @@ def save_maps(cache: Path, request: dict, maps: dict[str, np.ndarray]) -> tuple[
         temporary.rename(cache)
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # these two: another process has written the same maps
-            print_note(f"the order stays in memory, because {cache} cannot be written ({error.strerror})")
+            print(f"note: {cache} cannot be written ({error.strerror}); the order stays in memory", file=sys.stderr)
             return maps, arrays
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -116,7 +112,7 @@ class Order:
             raise UserError(f"--seq-len {seq_len} must be at least 1")
         if not 0 <= seed < 2**32:
             raise UserError(f"--seed {seed} must be within 0 .. 4294967295")
-        self.data, self.seq_len, self.seed = IndexedTokens(prefix), seq_len, seed
+        self.data, self.seq_len = IndexedTokens(prefix), seq_len
         index, tokens, documents = self.data.index_file, self.data.tokens, self.data.documents
         if tokens <= seq_len:
             raise UserError(f"{index}: {tokens} tokens make no row of {seq_len + 1}; add text or lower --seq-len")
@@ -126,13 +122,13 @@ class Order:
         if epochs * documents > 2**31 - 1:
             raise UserError(f"{index}: {epochs} epochs of {documents} documents are more than 2^31; lower --steps")
 
-        digest = self.data.index_sha256()
-        request = {"format": CACHE_FORMAT, "index_sha256": digest, "epochs": epochs, "seq_len": seq_len, "seed": seed}
+        digest = self.data.index_sha256
+        request = {"format": 1, "index_sha256": digest, "epochs": epochs, "seq_len": seq_len, "seed": seed}
         cache = Path(f"{prefix}.order-{epochs}epochs-{seq_len}len-{seed}seed-{digest[:12]}")
         loaded = load_maps(cache, request)
         if loaded is None:
             if (rows := epochs * tokens // seq_len) > 10_000_000:
-                print_note(f"building the order of {rows:,} rows, only this time: {cache}")
+                print(f"note: building the order of {rows:,} rows, only this time: {cache}", file=sys.stderr)
             try:
                 maps = index_maps(self.data.sizes, epochs, seq_len, seed)
             except MemoryError:
@@ -148,19 +144,14 @@ class Order:
 
     def pieces(self, i: int) -> list[tuple[int, int, int]]:
         """Return the pieces of documents that row i consists of: [(document, offset in tokens, number of tokens)]."""
-        i = operator.index(i)
         if not 0 <= i < len(self):  # negative indices do not count from the end
             raise IndexError(f"row {i} of {len(self)}")
         row = int(self.shuffle_idx[i])
         (first, offset), (last, end) = self.sample_idx[row : row + 2].tolist()
-        pieces = []
-        for k in range(first, last + 1):
-            document = int(self.doc_idx[k])
-            stop = end + 1 if k == last else int(self.data.sizes[document])  # + 1: the target of the last token
-            if stop > offset:
-                pieces.append((document, offset, stop - offset))
-            offset = 0
-        return pieces
+        documents = self.doc_idx[first : last + 1].tolist()
+        starts = [offset] + [0] * (last - first)
+        stops = [*self.data.sizes[documents[:-1]].tolist(), end + 1]  # + 1: the target of the last token
+        return [(d, start, stop - start) for d, start, stop in zip(documents, starts, stops) if stop > start]
 
     def __getitem__(self, i: int) -> np.ndarray:
         pieces = self.pieces(i)
@@ -176,11 +167,10 @@ class ShuffledRows:
     def __init__(self, directory: str | Path, seq_len: int = 2048):
         self.data, self.seq_len = IndexedTokens(Path(directory) / "document"), seq_len
         index, sizes = self.data.index_file, self.data.sizes
-        for block in block_slices(len(sizes), "checking rows"):
-            if (wrong := sizes[block] != seq_len + 1).any():
-                row = block.start + int(wrong.argmax())
-                raise UserError(f"{index}: row {row} has {sizes[row]} tokens, not {seq_len + 1}; change --seq-len")
-        self.sha256 = self.data.index_sha256()
+        if (wrong := sizes != seq_len + 1).any():
+            row = wrong.argmax()
+            raise UserError(f"{index}: row {row} has {sizes[row]} tokens, not {seq_len + 1}; change --seq-len")
+        self.sha256 = self.data.index_sha256
 
     def __len__(self) -> int:
         return self.data.documents

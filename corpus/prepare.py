@@ -5,13 +5,13 @@ encoded on all cores -> ids. Id 0 (<|endoftext|>) follows each document, as in P
 """
 
 import codecs
-import io
 import json
 import os
 import re
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,50 +33,58 @@ DEMO_BYTES = 8_000_000
 DEMO_WITHOUT = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo", "ensurepip"}
 DEMO_WITHOUT |= {"encodings", "pydoc_data", "__pycache__"}
 
-# --- Reading text -----------------------------------------------------------------------------------------------------
+
+def read_blocks(path: Path, bar: tqdm) -> Iterator[bytes]:
+    """Yield the lines of a .jsonl file, or of another file or pipe up to CHUNK bytes at a time. Moves the bar."""
+    with open(path, "rb") as file:
+        # read1 does not wait until a pipe has given CHUNK bytes, so Ctrl-C is seen between two reads.
+        for block in file if path.name.endswith(".jsonl") else iter(lambda: file.read1(CHUNK), b""):
+            bar.update(len(block))
+            yield block
 
 
-def read_text(path: Path, file: BinaryIO) -> Iterator[str]:
-    """Yield a whole file as the chunks of one document."""
-    decoder, start = codecs.getincrementaldecoder("utf-8")(), 0
-    while True:
-        chunk = file.read(CHUNK)
-        pending = len(decoder.getstate()[0])  # bytes of a character that began in the last chunk
-        try:
-            yield decoder.decode(chunk, final=not chunk)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: byte {start - pending + error.start} is not UTF-8; convert the file") from None
-        if not chunk:
-            return
-        start += len(chunk)
-
-
-def zst_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
+def zst_lines(path: Path, blocks: Iterable[bytes]) -> Iterator[bytes]:
     """Yield the lines of a .zst file with any number of frames. (zstandard's own reader ignores a truncated end.)"""
     try:
         import zstandard
     except ImportError:
         raise UserError(f"{path}: reading .zst needs the package zstandard; pip install zstandard") from None
-    rest, frame = b"", None
+    rest, frame, position = b"", None, 0
     try:
-        while chunk := file.read(CHUNK):
-            while chunk:
+        for block in blocks:
+            position += len(block)
+            while block:
                 frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                *lines, rest = (rest + frame.decompress(chunk)).split(b"\n")
+                *lines, rest = (rest + frame.decompress(block)).split(b"\n")
                 yield from lines
-                chunk = frame.unused_data
+                block = frame.unused_data
                 frame = None if frame.eof else frame
     except zstandard.ZstdError as error:
-        raise UserError(f"{path}: damaged near byte {file.tell()} ({error}); fetch it again") from None
+        raise UserError(f"{path}: damaged near byte {position} ({error}); fetch it again") from None
     if frame:
         raise UserError(f"{path}: truncated, the last frame does not end; fetch it again")
-    if rest:
-        yield rest
+    yield rest
 
 
-def read_jsonl(path: Path, lines: Iterable[bytes]) -> Iterator[str]:
-    """Yield the documents of a .jsonl file."""
-    for number, line in enumerate(lines, 1):
+def decode(path: Path, blocks: Iterable[bytes]) -> Iterator[str]:
+    """Yield the text of a file in chunks."""
+    decoder, start = codecs.getincrementaldecoder("utf-8")(), 0
+    for block in chain(blocks, [b""]):  # the empty block ends the text
+        pending = len(decoder.getstate()[0])  # bytes of a character that began in the last block
+        try:
+            yield decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: byte {start - pending + error.start} is not UTF-8; convert the file") from None
+        start += len(block)
+
+
+def documents(path: Path, bar: tqdm) -> Iterator[Iterable[str]]:
+    """Yield the documents of a file, each as chunks of text."""
+    blocks = read_blocks(path, bar)
+    if not path.name.endswith((".jsonl", ".jsonl.zst")):
+        yield decode(path, blocks)
+        return
+    for number, line in enumerate(zst_lines(path, blocks) if path.suffix == ".zst" else blocks, 1):
         if not line.strip():
             continue
         try:
@@ -84,24 +92,14 @@ def read_jsonl(path: Path, lines: Iterable[bytes]) -> Iterator[str]:
             text.encode()  # fails for half of a surrogate pair, which json accepts
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise UserError(f'{path}: line {number} is not {{"text": "..."}} in UTF-8; correct or remove it') from None
-        yield text
-
-
-def documents(path: Path, file: BinaryIO) -> Iterator[Iterable[str]]:
-    """Yield the documents of a file, each as chunks of text."""
-    if path.name.endswith((".jsonl", ".jsonl.zst")):
-        for text in read_jsonl(path, zst_lines(path, file) if path.suffix == ".zst" else file):
-            yield (text[start : start + CHUNK] for start in range(0, len(text), CHUNK))
-    else:
-        yield read_text(path, file)
+        yield (text[start : start + CHUNK] for start in range(0, len(text), CHUNK))
 
 
 def pieces(chunks: Iterable[str], cut: bool) -> Iterator[tuple[str, bool]]:
     """Yield a document as (piece, whether it is the last piece); nothing if the document is empty."""
     uncut, last = [], ""  # `last` is searched for a cut only when more text follows
     for chunk in chunks:
-        match = re.match(r".*\S(?=[ \n])", last, re.DOTALL) if cut else None
-        if match:
+        if cut and (match := re.match(r".*\S(?=[ \n])", last, re.DOTALL)):
             yield "".join([*uncut, match[0]]), False
             uncut, last = [], last[match.end() :]
         uncut.append(last)
@@ -110,37 +108,19 @@ def pieces(chunks: Iterable[str], cut: bool) -> Iterator[tuple[str, bool]]:
         yield text, True
 
 
-class ProgressFile(io.FileIO):
-    """A file (or pipe) that moves a progress bar when it is read."""
-
-    def __init__(self, path: Path, bar: tqdm):
-        super().__init__(path)
-        self.bar = bar
-
-    def readinto(self, buffer) -> int:
-        count = super().readinto(buffer)
-        self.bar.update(count)
-        return count
-
-
 def groups(inputs: list[Path], cut: bool) -> Iterator[list[tuple[str, bool]]]:
     """Yield the pieces of all documents in groups of about GROUP characters. A progress bar counts the bytes read."""
     group, characters = [], 0
     total = sum(path.stat().st_size for path in inputs)
     with tqdm(total=total, unit="B", unit_scale=True, desc="preparing", disable=None, leave=False) as bar:
         for path in inputs:
-            with io.BufferedReader(ProgressFile(path, bar), CHUNK) as file:
-                for document in documents(path, file):
-                    for piece, last in pieces(document, cut):
-                        group.append((piece, last))
-                        characters += len(piece)
-                        if characters >= GROUP:
-                            yield group
-                            group, characters = [], 0
+            for piece, last in chain.from_iterable(pieces(document, cut) for document in documents(path, bar)):
+                group.append((piece, last))
+                characters += len(piece)
+                if characters >= GROUP:
+                    yield group
+                    group, characters = [], 0
     yield group
-
-
-# --- Writing tokens ---------------------------------------------------------------------------------------------------
 
 
 def write_tokens(bin: BinaryIO, idx: BinaryIO, tokenizer: Tokenizer, inputs: list[Path], dtype: np.dtype) -> int:
@@ -172,14 +152,12 @@ def finish_index(file: BinaryIO, dtype: np.dtype) -> int:
     begin = 0  # byte of the .bin
     for start in range(0, n, INDEX_BLOCK):
         file.seek(HEADER.size + 4 * start)
-        sizes = np.frombuffer(file.read(4 * min(INDEX_BLOCK, n - start)), "<i4")
-        ends = begin + np.cumsum(sizes, dtype="<i8") * dtype.itemsize
+        lengths = np.frombuffer(file.read(4 * min(INDEX_BLOCK, n - start)), "<i4") * np.int64(dtype.itemsize)
         file.seek(HEADER.size + 4 * n + 8 * start)
-        file.write((ends - sizes.astype("<i8") * dtype.itemsize).tobytes())
-        begin = int(ends[-1])
-    file.seek(HEADER.size + 12 * n)
-    for start in range(0, n + 1, INDEX_BLOCK):
-        file.write(np.arange(start, min(start + INDEX_BLOCK, n + 1), dtype="<i8").tobytes())
+        file.write((begin + np.cumsum(lengths) - lengths).tobytes())
+        file.seek(HEADER.size + 12 * n + 8 * start)
+        file.write(np.arange(start, start + len(lengths) + 1, dtype="<i8").tobytes())  # + 1: the mark n of the end
+        begin += int(lengths.sum())
     code = next(code for code, known in DTYPES.items() if known == dtype)
     file.seek(0)
     file.write(HEADER.pack(MAGIC, 1, code, n, n + 1))
@@ -243,16 +221,13 @@ def check_paths(inputs: list[Path], outputs: list[Path]) -> None:
             raise UserError(f"{path}: no such file")
 
 
-# --- The demo corpus --------------------------------------------------------------------------------------------------
+def demo() -> Path:
+    """Return the prefix of the demo corpus, and build it at the first use.
 
-
-def demo(directory: str | Path = "runs") -> Path:
-    """Return the prefix of the demo corpus, and build it at the first use. It is the source code of this Python's
-    standard library: real text that every machine has, one token per byte, one document per file.
-
-    Raises UserError if the source code is missing or the corpus cannot be written.
+    It is the source code of this Python's standard library: real text that every machine has, one token per byte, one
+    document per file. Raises UserError if the source code is missing or the corpus cannot be written.
     """
-    prefix = Path(directory) / "demo"
+    prefix = Path("runs/demo")
     if Path(f"{prefix}.idx").exists():
         return prefix
     library = Path(sysconfig.get_paths()["stdlib"])

@@ -14,7 +14,7 @@ from megatron import MISC, REPO, arrays, assert_refused, copy_golden, cut_into_s
 
 import data
 from corpus.indexed import IndexedTokens
-from corpus.loader import batch_sha256
+from corpus.loader import digest, row_digests
 from corpus.order import Order
 from data import batch, check_vocab, row_numbers
 from runtime.errors import UserError
@@ -87,6 +87,9 @@ def test_union_of_ranks_is_the_global_batch(golden):
 
 
 def test_batch_sha256_composes_from_rows(golden):
+    def batch_sha256(tokens):
+        return digest(row_digests(tokens))
+
     order = Order(golden / "synth500", 1, 64)
     whole = batch(order, 3, 8)
     rows = [hashlib.sha256(struct.pack("<65H", *order[i].tolist())).digest() for i in range(24, 32)]
