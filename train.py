@@ -90,9 +90,7 @@ class Settings:
     bitwise: bool = setting(False, "the same bits on 1, 2, 4, 8 ... ranks; costs more traffic between ranks")
     recompute: str = setting("none", "activations to recompute in backward, to save memory", False, choices=RECOMPUTE)
     compile: bool = setting(False, "torch.compile every block")
-    kernels: str = setting(
-        "auto", "hot paths in Triton or torch; auto: Triton on a GPU", False, choices=backend.KERNELS
-    )
+    kernels: str = setting("auto", "hot paths: Triton, torch, auto (Triton on GPUs)", False, choices=backend.KERNELS)
     gelu: str = setting("tanh", "GELU of training: tanh as published, or none: exact erf", choices=["tanh", "none"])
     keep_state: int = setting(2, "how many of the newest checkpoints keep the state that resuming needs", False)
     timeout: float = setting(1800.0, "seconds without progress until a hanging rank is named and the run ends", False)
@@ -232,14 +230,12 @@ def run(s: Settings, dist: Dist, stack: ExitStack) -> int:
 
 def open_rows(s: Settings, dist: Dist) -> data.Rows:
     """The rows of the run in their order. Raises UserError if they do not suffice."""
-    samples = data.requested_samples(s.steps, s.batch_size)
+    needed, samples = s.steps * s.batch_size, data.requested_samples(s.steps, s.batch_size)
     open_here = partial(data.open_rows, s.data, samples, s.seq_len, s.seed)
     rows = dist.run_on_main(open_here)  # builds the cache of the order, once for all ranks
     rows = rows if dist.is_main else open_here()
-    if s.steps * s.batch_size > len(rows):
-        raise UserError(
-            f"--steps {s.steps} needs {s.steps * s.batch_size} rows, {s.data} has {len(rows)}: lower --steps"
-        )
+    if needed > len(rows):
+        raise UserError(f"--steps {s.steps} needs {needed} rows, {s.data} has {len(rows)}: lower --steps")
     return rows
 
 
@@ -293,7 +289,7 @@ def initial_model(s: Settings, dist: Dist) -> tuple[Pythia, Gradients]:
     config = replace(SIZES[s.size], gelu=s.gelu)
     if s.init_from:
         stored = read_config(s.init_from)
-        for name in ("layers", "hidden", "heads", "vocab", "ffn", "rotary_dim"):
+        for name in ("layers", "hidden", "heads", "vocab", "ffn", "rotary_dim", "parallel"):
             if getattr(stored, name) != getattr(config, name):
                 raise UserError(f"--init-from {s.init_from} is not a {config.name}: {name} is {getattr(stored, name)}")
     with torch.device("meta"):
@@ -417,14 +413,11 @@ def main() -> None:
         if s.plan:
             job = Job(SIZES[s.size], s.batch_size, s.micro_batch, s.seq_len, s.precision, s.recompute, s.shard)
             text = report(job, s.steps, parse_machine(s.plan_for, s.batch_size))
+            return print(text) if is_main else None
     except UserError:
         if not is_main:
             raise SystemExit(1) from None
         raise
-    if s.plan:
-        if is_main:
-            print(text)
-        return
     reuse_freed_memory()
     train(s)
 

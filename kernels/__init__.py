@@ -6,14 +6,3 @@ from kernels.gelu import bias_gelu
 from kernels.layernorm import add_dual_layer_norm, add_layer_norm
 from kernels.linear import linear
 from kernels.rotary import rotary_tables, rotate
-
-__all__ = [
-    "add_dual_layer_norm",
-    "add_layer_norm",
-    "bias_gelu",
-    "linear",
-    "linear_cross_entropy",
-    "rotary_attention",
-    "rotary_tables",
-    "rotate",
-]

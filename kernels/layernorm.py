@@ -106,19 +106,16 @@ def layer_norm_backward_kernel(
     residual_ptr, d_residual_ptr, du_ptr, dv_ptr, weight1_ptr, weight2_ptr, mean_ptr, rstd_ptr, dx_ptr, sums_ptr,
     rows, rows_per_program, HIDDEN: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dx of some consecutive rows a program, in order, and the sums over these rows.
+    """dx of some consecutive rows a program, in order, and the sums over these rows, to which no other program adds.
 
     residual_ptr        [rows, HIDDEN], x'
     d_residual_ptr      [rows, HIDDEN], the gradient dx', or None if nothing but the norms used x'
     du_ptr, dv_ptr      [rows, HIDDEN]; dv_ptr is None without a second norm
-    weight1_ptr         [HIDDEN]
-    weight2_ptr         [HIDDEN], or None without a second norm
+    weight1_ptr         [HIDDEN]; likewise weight2_ptr, which is None without a second norm
     mean_ptr, rstd_ptr  [rows] float32, from forward
     dx_ptr              [rows, HIDDEN], output
     sums_ptr            [programs, 5, HIDDEN] float32, output: partial sums of the gradients of branch_bias, weight1,
                         bias1, weight2, bias2; without a second norm [programs, 3, HIDDEN]
-
-    Each program writes its own sums, so the result does not depend on the order in which programs finish.
     """
     program = tl.program_id(0).to(tl.int64)  # int64, and so are the rows
     columns = tl.arange(0, COLUMNS)

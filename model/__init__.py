@@ -10,5 +10,3 @@ if Path(find_spec("kernels").origin).resolve().parents[1] != _root:
 
 from model.pythia import KVCache, Pythia  # noqa: E402
 from model.sizes import SIZES, Config  # noqa: E402
-
-__all__ = ["SIZES", "Config", "KVCache", "Pythia"]

@@ -159,10 +159,7 @@ class Pythia(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Draw every parameter from Pythia's distributions. (The published numbers came from GPUs: no seed gives them.)
-
-        biases: 0; LayerNorm: weight 1, bias 0; matrices: normal, with the standard deviation of init_std.
-        """
+        """Draw every parameter from Pythia's distributions. (No seed gives the published numbers: they are of GPUs.)"""
         for name, parameter in self.named_parameters():
             parameter.copy_(torch.from_numpy(initial_rows(self.config, name, tuple(parameter.shape), seed)))
 
@@ -188,6 +185,8 @@ INIT_BLOCK = 128  # rows drawn from one generator
 
 def initial_rows(config: Config, name: str, shape: tuple[int, ...], seed: int, rows: slice = slice(None)) -> np.ndarray:
     """Rows `rows` of the initial value of parameter `name`, whose full shape is `shape`: float32 [rows, ..].
+
+    Biases are 0, LayerNorm weights 1, matrices normal with the standard deviation of init_std.
 
     A row depends on (seed, name, row) only. So a rank draws its shard without drawing the whole tensor, and the numbers
     do not depend on the number of ranks. Philox is counter-based: the blocks of a tensor are far apart in one stream.
