@@ -380,7 +380,8 @@ def _check_for_kernels(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
     head_dim, rotary_dim = qkv.shape[4], 2 * cos.shape[1]
     if head_dim not in CHUNKS:
         raise ValueError(f"the kernels support head_dim {', '.join(map(str, CHUNKS))}, not {head_dim}")
-    if not 0 < rotary_dim <= (most := CHUNKS[head_dim][0]):
+    if not 0 < rotary_dim <= CHUNKS[head_dim][0]:
+        most = CHUNKS[head_dim][0]
         raise ValueError(f"the kernels rotate 2 to {most} of the {head_dim} columns of a head, not {rotary_dim}")
     if qkv.dtype == torch.bfloat16 and not qkv.is_cuda:
         raise ValueError("Triton's interpreter cannot multiply bfloat16: use float16 or float32, or a GPU")

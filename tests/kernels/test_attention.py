@@ -232,7 +232,7 @@ def test_selective_checkpointing_need_not_run_it_again(device, monkeypatch):
     assert_same_bits(expected, dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *qkv.grad.unbind(3)))))
 
 
-def test_refuses_what_the_kernels_can_not_do():
+def test_refuses_what_the_kernels_cannot_do():
     qkv, cos, sin, _ = draw(4, 32, torch.float32, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"support head_dim 16, 32, 64, 80, 128, 256, not 48"):
         rotary_attention(qkv.new_zeros(1, 4, 2, 3, 48), cos, sin)

@@ -116,7 +116,7 @@ def test_a_forked_child_does_not_keep_it(tmp_path):
     child.join()
 
 
-def test_a_place_that_can_not_be_written(tmp_path):
+def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("precious")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").symlink_to(tmp_path / "file")
