@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from checkpoints.manifest import verify_checkpoint
-from runtime.errors import Parser, UserError, run_command
+from runtime.errors import Parser, UserError, printable, run_command
 
 
 def verify(run: Path) -> bool:
@@ -24,7 +24,7 @@ def verify(run: Path) -> bool:
     for directory in tqdm(candidates, unit="checkpoint", disable=None):
         errors = verify_checkpoint(directory)
         valid += not errors
-        tqdm.write("\n".join(f"BAD  {error}" for error in errors) or f"ok   {directory}")
+        tqdm.write(printable("\n".join(f"BAD  {error}" for error in errors) or f"ok   {directory}"))
     print(f"{valid} of {len(candidates)} checkpoints are whole")
     return valid == len(candidates)
 

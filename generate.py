@@ -1,9 +1,10 @@
-"""Text from a checkpoint: a Tripod stepN, or any Hugging Face directory of a Pythia.
+"""Text from a checkpoint: a Tripod stepN, the newest one of a run, or any Hugging Face directory of a Pythia.
 
 python generate.py --checkpoint runs/pythia-14m/step60 --prompt "def "
 """
 
 import math
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +13,11 @@ import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
-from corpus.tokenizer import load_tokenizer
+from corpus.tokenizer import load_tokenizer, tokenizer_errors
 from model import KVCache, Pythia
 from model.huggingface import load
-from runtime.errors import Parser, UserError, run_command
+from runtime.errors import Parser, UserError, printable, run_command
+from runtime.manifests import saved_steps
 
 END_OF_TEXT = 0
 
@@ -27,7 +29,7 @@ def generate(
     """Yield up to `tokens` ids that continue the prompt; stop before <|endoftext|> (id 0).
 
     temperature=0 always takes the most likely id; top_k > 0 samples among the k most likely ids only. The same seed
-    gives the same text on the same machine.
+    gives the same text on the same machine. Raises FloatingPointError if logits are not finite.
     """
     parameter = model.embed
     generator = torch.Generator(parameter.device).manual_seed(seed)
@@ -39,6 +41,8 @@ def generate(
     ids = torch.tensor([prompt], device=parameter.device)  # [1, new tokens]
     for _ in range(tokens):
         logits = model(ids, caches=caches)[0, -1].float()  # [vocab]
+        if not logits.isfinite().all():
+            raise FloatingPointError("its logits are not finite: take another checkpoint")
         ids = sample(logits, temperature, top_k, generator).view(1, 1)
         if ids.item() == END_OF_TEXT:
             return
@@ -58,7 +62,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, generator: torch.Gene
 def main() -> None:
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="directory with config.json and model.safetensors"
+        "--checkpoint", type=Path, required=True, help="stepN, a run (its newest step), or a Hugging Face directory"
     )
     parser.add_argument("--prompt", required=True, help="the text to continue; empty starts a new document")
     parser.add_argument("--tokens", type=int, default=200, help="maximum number of tokens (default: %(default)s)")
@@ -76,12 +80,14 @@ def main() -> None:
     except UnicodeEncodeError:
         raise UserError("--prompt is not valid UTF-8") from None
 
-    model = load(args.checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
-    path = args.tokenizer or args.checkpoint / "tokenizer.json"
-    if not path.exists():
+    checkpoint = newest_checkpoint(args.checkpoint)
+    path = args.tokenizer or checkpoint / "tokenizer.json"
+    if not os.path.lexists(path) and os.path.lexists(checkpoint / "config.json"):
         raise UserError(f"{path} does not exist: pass the tokenizer.json of the training data with --tokenizer")
-    tokenizer = load_tokenizer(path)
-    prompt = tokenizer.encode(args.prompt).ids or [END_OF_TEXT]
+    model = load(checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(path, verify=not args.tokenizer)
+    with tokenizer_errors(path):
+        prompt = tokenizer.encode(args.prompt).ids or [END_OF_TEXT]
     if max(prompt) >= model.config.vocab:
         raise UserError(
             f"{path} is not the model's tokenizer: it gives id {max(prompt)}, the model has {model.config.vocab} ids"
@@ -91,11 +97,25 @@ def main() -> None:
             f"note: the text will be longer than the {model.config.seq_len} tokens that the model was trained on",
             file=sys.stderr,
         )
-    print(args.prompt, end="", flush=True)
+    show = printable if sys.stdout.isatty() else str  # a terminal obeys control characters
+    print(show(args.prompt), end="", flush=True)
     stream = DecodeStream(skip_special_tokens=True)  # prints a character only when all its bytes are there
-    for token in generate(model, prompt, args.tokens, args.temperature, args.top_k, args.seed):
-        print(stream.step(tokenizer, token) or "", end="", flush=True)
+    try:
+        for token in generate(model, prompt, args.tokens, args.temperature, args.top_k, args.seed):
+            with tokenizer_errors(path):
+                text = stream.step(tokenizer, token) or ""
+            print(show(text), end="", flush=True)
+    except FloatingPointError as error:
+        raise UserError(f"{checkpoint}: {error}") from None
     print()
+
+
+def newest_checkpoint(path: Path) -> Path:
+    """The newest complete checkpoint if the path is a run directory, else the path itself."""
+    if os.path.lexists(path / "config.json") or not (steps := saved_steps(path)):
+        return path
+    print(f"note: step {steps[-1]} is the newest checkpoint of {printable(str(path))}", file=sys.stderr)
+    return path / f"step{steps[-1]}"
 
 
 if __name__ == "__main__":

@@ -11,75 +11,33 @@ save.py writes a checkpoint under a temporary name, flushes it to disk, and rena
 complete. Checksums find any damage that happens later.
 """
 
-import hashlib
 import json
+import os
+import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from runtime.errors import UserError
-from runtime.files import atomic_write
+from runtime.files import naming, reason
+from runtime.manifests import checksums, read_manifest, saved_steps, write_manifest
 from runtime.ranks import Dist
+from runtime.tensors import READ_ERRORS
 
-FORMAT = 2
-CHUNK_BYTES = 2**22  # read and write in pieces of this size
-MAX_HEADER_BYTES = 10**8  # the safetensors library refuses longer headers
 COUNTERS = "state/counters.json"
 
-# Exceptions that reading a damaged or malicious file can raise.
-READ_ERRORS = (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
 
+def read_checkpoint(directory: Path) -> dict:
+    """The verified manifest of a checkpoint. Raises UserError if it is missing or damaged.
 
-# The manifest
-
-
-def write_manifest(directory: Path, manifest: dict) -> None:
-    """Write manifest.json with its own checksum; an existing one is replaced."""
-    with atomic_write(directory / "manifest.json") as file:
-        file.write(_serialize(manifest))
-
-
-def _serialize(manifest: dict) -> bytes:
-    """The bytes of manifest.json. The last entry is the sha256 of the others, so that a flipped bit is noticed."""
-    content = {key: value for key, value in manifest.items() if key != "sha256"}
-    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return (json.dumps({**content, "sha256": digest}, indent=1) + "\n").encode()
-
-
-def read_manifest(directory: Path) -> dict:
-    """The verified content of manifest.json. Raises UserError if the file is missing or damaged."""
-    path = directory / "manifest.json"
-    try:
-        text = path.read_bytes()
-        manifest = json.loads(text)
-        if manifest["format"] == 1:
-            raise UserError(f"{path} has format 1, which is no longer read: start again with another --out")
-        if text != _serialize(manifest):
-            raise ValueError("its content does not match its checksum")
-        if manifest["format"] != FORMAT or f"step{manifest['step']}" != directory.resolve().name:
-            raise ValueError(f"format {manifest['format']!r}, step {manifest['step']!r}")
-        for name, entry in manifest["files"].items():
-            tensors = entry.get("tensors", {})
-            valid_types = isinstance(entry["bytes"], int) and isinstance(tensors, dict)
-            inside = ".." not in Path(name).parts and not Path(name).is_absolute()
-            if not valid_types or not inside or not "".join([name, *tensors]).isprintable():
-                raise ValueError(f"bad entry {name[:100]!r}")
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except READ_ERRORS as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+    A copy may have any name. But a directory stepN must hold step N: a run resumes at the step that the name says.
+    """
+    manifest, name = read_manifest(directory), directory.absolute().name
+    if re.fullmatch(r"step\d+", name) and name != f"step{manifest['step']}":
+        raise UserError(f"{directory} holds step {manifest['step']}: rename it to step{manifest['step']}")
     return manifest
 
 
 # The checkpoints of a run
-
-
-def saved_steps(run: Path) -> list[int]:
-    """The steps of all complete checkpoints of a run, ascending."""
-    names = (path.parent.name.removeprefix("step") for path in run.glob("step*/manifest.json"))
-    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
 
 def steps_with_state(run: Path, count_damaged: bool = True) -> list[int]:
@@ -90,9 +48,9 @@ def steps_with_state(run: Path, count_damaged: bool = True) -> list[int]:
 
     def has_state(directory: Path) -> bool:
         try:
-            return COUNTERS in read_manifest(directory)["files"]
+            return COUNTERS in read_checkpoint(directory)["files"]
         except UserError:
-            return count_damaged and (directory / "state").is_dir()
+            return count_damaged and os.path.isdir(directory / "state")  # noqa: PTH112 (never raises)
 
     return [step for step in saved_steps(run) if has_state(run / f"step{step}")]
 
@@ -109,11 +67,12 @@ def drop_old_state(run: Path, newest: int, keep: int) -> None:
 
 def drop_state(directory: Path) -> None:
     """Remove the state of a checkpoint, not its model. The manifest changes first, so that it is valid at any time."""
-    manifest = read_manifest(directory)
+    manifest = read_checkpoint(directory)
     manifest["files"] = {name: entry for name, entry in manifest["files"].items() if not name.startswith("state/")}
     write_manifest(directory, manifest)
     if (directory / "state").is_dir():
-        shutil.rmtree(directory / "state")
+        with naming(directory / "state"):
+            shutil.rmtree(directory / "state")
 
 
 def clean_up(run: Path) -> None:
@@ -123,62 +82,21 @@ def clean_up(run: Path) -> None:
             if not (final := run / old.name[1:].removesuffix(".old.tmp")).exists():
                 old.rename(final)
         for leftover in run.glob(".step*.tmp"):
-            shutil.rmtree(leftover)
+            with naming(leftover):
+                shutil.rmtree(leftover)
         for leftover in (*run.glob(".*.tmp"), *run.glob("step*/.*.tmp")):  # of atomic_write
             leftover.unlink()
         for step in sorted(set(saved_steps(run)) - set(steps_with_state(run))):  # killed while its state was dropped
             if (state := run / f"step{step}" / "state").is_dir():
-                shutil.rmtree(state)
+                with naming(state):
+                    shutil.rmtree(state)
     except OSError as error:
         raise UserError(
-            f"{run}: cannot remove the leftovers of a killed process ({error}); remove them by hand"
+            f"{run}: cannot remove the leftovers of a killed process: {reason(error)}; remove them by hand"
         ) from None
 
 
-# Checksums
-
-
-def read_header(path: Path) -> tuple[bytes, dict, dict]:
-    """The raw header of a safetensors file, its tensor entries in file order, and its metadata.
-
-    The library checks that the tensors fill the file without gap or overlap. Raises one of READ_ERRORS.
-    """
-    with path.open("rb") as file:
-        length = file.read(8)
-        header = length + file.read(min(int.from_bytes(length, "little"), MAX_HEADER_BYTES))
-    try:
-        with safe_open(path, framework="pt"):
-            layout = json.loads(header[8:])
-    except SafetensorError as error:  # its text can contain a tensor name of any length, with line breaks
-        raise ValueError(repr(str(error)[:200])) from None
-    metadata = layout.pop("__metadata__", None) or {}
-    return header, dict(sorted(layout.items(), key=lambda item: item[1]["data_offsets"])), metadata
-
-
-def checksums(path: Path) -> dict:
-    """The size and sha256 of a file. A safetensors file has one sha256 for its header and one for each tensor instead.
-
-    Header and tensors cover every byte. The bytes are read, not memory-mapped: a disk error is then an OSError, not a
-    SIGBUS that kills the process. Raises one of READ_ERRORS.
-    """
-    size = path.stat().st_size
-    if path.suffix != ".safetensors":
-        with path.open("rb") as file:
-            return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-    header, entries, _ = read_header(path)
-
-    def tensor_sha256(entry: dict) -> str:
-        begin, end = entry["data_offsets"]
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            file.seek(len(header) + begin)
-            for offset in range(begin, end, CHUNK_BYTES):
-                digest.update(file.read(min(CHUNK_BYTES, end - offset)))
-        return digest.hexdigest()
-
-    with ThreadPoolExecutor() as threads:  # hashing releases the interpreter lock
-        tensors = dict(zip(entries, threads.map(tensor_sha256, entries.values())))
-    return {"bytes": size, "header_sha256": hashlib.sha256(header).hexdigest(), "tensors": tensors}
+# Verification
 
 
 def verify_checkpoint(directory: Path, dist: Dist = Dist()) -> list[str]:  # noqa: B008 (immutable)
@@ -187,7 +105,7 @@ def verify_checkpoint(directory: Path, dist: Dist = Dist()) -> list[str]:  # noq
     The ranks share the work: all must call this, and all get the same answer.
     """
     try:
-        files = read_manifest(directory)["files"]
+        files = read_checkpoint(directory)["files"]
         errors = []
         for name in list(files)[dist.rank :: dist.world_size]:
             errors += _verify_file(directory / name, files[name])
@@ -199,6 +117,8 @@ def verify_checkpoint(directory: Path, dist: Dist = Dist()) -> list[str]:  # noq
             ]
     except UserError as error:
         errors = [str(error)]
+    except OSError as error:  # of listing the directory
+        errors = [f"{directory} cannot be read: {reason(error)}"]
     all_errors = [line for text in dist.all_gather_str(json.dumps(errors)) for line in json.loads(text)]
     return list(dict.fromkeys(all_errors))
 
@@ -211,7 +131,7 @@ def _verify_file(path: Path, expected: dict) -> list[str]:
     except FileNotFoundError:
         return [f"{path} is missing"]
     except READ_ERRORS as error:
-        return [f"{path} is damaged: {error}"]
+        return [f"{path} is damaged: {reason(error)}"]
     if actual == expected:
         return []
     bad = [t for t, digest in expected.get("tensors", {}).items() if actual.get("tensors", {}).get(t) != digest]

@@ -4,26 +4,22 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoints.manifest import (
-    CHUNK_BYTES,
-    COUNTERS,
-    READ_ERRORS,
-    read_header,
-    read_manifest,
-    steps_with_state,
-    verify_checkpoint,
-)
+from checkpoints.manifest import COUNTERS, read_checkpoint, steps_with_state, verify_checkpoint
 from model import Pythia
 from parallel.fsdp import local, local_rows
-from runtime.errors import UserError
+from runtime.errors import UserError, printable
+from runtime.files import read_small, reason
+from runtime.manifests import MAX_JSON_BYTES, saved_steps
 from runtime.ranks import Dist
+from runtime.tensors import CHUNK_BYTES, READ_ERRORS, read_header, read_pieces
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names of Adam's first and second moment
 
@@ -63,7 +59,7 @@ def find_rows(parts: list[Path], shapes: dict[str, tuple[int, ...]]) -> dict[str
                     raise UserError(f"{path}: {key} does not belong to this model, where it is {list(shapes[key])}")
                 found[key].append(StoredRows(path, first, last, len(header) + entry["data_offsets"][0], shapes[key]))
         except READ_ERRORS as error:
-            raise UserError(f"{path} is damaged: {error}") from None
+            raise UserError(f"{path} is damaged: {reason(error)}") from None
     for key, stored in found.items():
         stored.sort(key=lambda s: s.first)
         end = 0
@@ -77,20 +73,14 @@ def find_rows(parts: list[Path], shapes: dict[str, tuple[int, ...]]) -> dict[str
 
 
 def read_rows(stored: list[StoredRows], wanted: slice) -> Iterator[tuple[int, Tensor]]:
-    """The wanted rows in pieces of CHUNK_BYTES: the number of the first row and the values, float32 [rows, ..].
-
-    safetensors would memory-map them: a truncated file or a disk error is then a SIGBUS, not an OSError.
-    """
+    """The wanted rows in pieces of CHUNK_BYTES: the number of the first row and the values, float32 [rows, ..]."""
     for s in stored:
-        first, last, row_size = max(s.first, wanted.start), min(s.last, wanted.stop), math.prod(s.shape[1:])
-        piece = max(CHUNK_BYTES // (4 * row_size), 1)  # rows
-        for start in range(first, last, piece):
-            rows = min(piece, last - start)
-            offset = s.offset + 4 * row_size * (start - s.first)
-            values = np.fromfile(s.path, np.float32, rows * row_size, offset=offset)
-            if len(values) < rows * row_size:
-                raise OSError(f"{s.path} is shorter than it was")
-            yield start, torch.from_numpy(values).view(rows, *s.shape[1:])
+        first, last, row_bytes = max(s.first, wanted.start), min(s.last, wanted.stop), 4 * math.prod(s.shape[1:])
+        offset, piece = s.offset + row_bytes * (first - s.first), max(CHUNK_BYTES // row_bytes, 1) * row_bytes
+        for data in read_pieces(s.path, offset, row_bytes * max(last - first, 0), piece):
+            values = data.view(torch.float32).view(-1, *s.shape[1:])
+            yield first, values
+            first += len(values)
 
 
 # Resuming
@@ -102,18 +92,28 @@ def latest_valid_step(run: Path, dist: Dist) -> int | None:
     Prints each skipped checkpoint. Raises UserError if none is valid. All ranks must call this: they share the work
     and get the same answer. The main rank lists the steps, because on a network file system others may see older ones.
     """
-    steps = json.loads(dist.all_gather_str(json.dumps(steps_with_state(run) if dist.is_main else None))[0])
+    steps = dist.run_on_main(partial(steps_with_state, run))
+    steps = json.loads(dist.all_gather_str(json.dumps(steps))[0])
     skipped = []
     for step in reversed(steps):
         if not (errors := verify_checkpoint(run / f"step{step}", dist)):
             for error in skipped:
-                dist.print(f"{error}: going back to step {step}")
+                dist.print(printable(f"{error}: going back to step {step}"))
             return step
         skipped.append(errors[0])
     if skipped:
         raise UserError(
             f"{skipped[0]}, and {run} has no older valid checkpoint: put back a good copy, or choose another --out"
         )
+    return None
+
+
+def recover_record(run: Path) -> dict | None:
+    """What the newest valid manifest says about the run: its settings and data. None if no manifest says it."""
+    for step in reversed(saved_steps(run)):
+        with suppress(UserError):
+            if isinstance(record := read_checkpoint(run / f"step{step}").get("run"), dict):
+                return record
     return None
 
 
@@ -131,7 +131,7 @@ def restore(
     """
     if not verified and (errors := verify_checkpoint(directory, dist)):
         raise UserError(f"{errors[0]}: cannot resume from it; remove {directory} to resume from an older checkpoint")
-    files = read_manifest(directory)["files"]
+    files = read_checkpoint(directory)["files"]
     parts = [directory / name for name in files if name.startswith("state/") and name.endswith(".safetensors")]
     if not parts or COUNTERS not in files:
         missing = COUNTERS if parts else "state"
@@ -151,17 +151,24 @@ def restore(
                 targets |= moments
             rows = local_rows(p)
             for kind, target in targets.items():
-                for first, values in read_rows(stored[f"{kind}/{name}"], rows):
-                    local(target)[first - rows.start :][: len(values)].copy_(values)
+                _fill(local(target), stored[f"{kind}/{name}"], rows)
     return counters
+
+
+def _fill(target: Tensor, stored: list[StoredRows], rows: slice) -> None:
+    try:
+        for first, values in read_rows(stored, rows):
+            target[first - rows.start :][: len(values)].copy_(values)
+    except (OSError, ValueError) as error:  # it was verified a moment ago
+        raise UserError(f"{stored[0].path.parent.parent} cannot be read any more: {reason(error)}") from None
 
 
 def _read_counters(path: Path) -> dict:
     try:
-        counters = json.loads(path.read_bytes())
+        counters = json.loads(read_small(path, MAX_JSON_BYTES))
         adam_step = counters["adam_step"]
         if type(adam_step) is not int or not 0 <= adam_step <= 2**24:  # larger integers are not exact in float32
             raise ValueError(f"adam_step is {str(adam_step)[:100]!r}")
     except READ_ERRORS as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+        raise UserError(f"{path} is damaged: {reason(error)}") from None
     return counters

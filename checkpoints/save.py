@@ -13,32 +13,36 @@ After each stage the ranks exchange their results: all go on, or all give up. ma
 import hashlib
 import json
 import math
+import secrets
 import shutil
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 
 import torch
 from torch import Tensor
 
-from checkpoints.manifest import CHUNK_BYTES, COUNTERS, FORMAT, checksums, drop_old_state, write_manifest
+from checkpoints.manifest import COUNTERS, drop_old_state
 from checkpoints.resume import find_rows, read_rows, state_shapes
 from model import Pythia
-from model.huggingface import Export, huggingface_name, model_files, write_description, write_tensors
+from model.huggingface import Export, huggingface_name, model_files, write_description
 from parallel.fsdp import local, local_rows, saved_rows
 from runtime.errors import UserError
-from runtime.files import flush
+from runtime.files import flush, naming, reason
+from runtime.manifests import FORMAT, checksums, write_manifest
 from runtime.ranks import Dist
+from runtime.tensors import CHUNK_BYTES, write_tensors
 
 
 class Saver:
     """Saves checkpoints in a background thread, one at a time. Every rank must make the same calls.
 
     The newest `keep_state` checkpoints keep their state. The thread calls heartbeat(step, doing) at the start of every
-    stage, on all ranks.
+    stage, on all ranks. On the main rank it calls check() before it creates, renames or removes a directory: check
+    raises UserError if `run` is not the directory any more that the run has locked. `record`, which must be JSON, is
+    written to every manifest: recover_record reads it if run.json is damaged.
     """
 
     def __init__(
@@ -50,10 +54,13 @@ class Saver:
         export: Export,
         keep_state: int = 2,
         heartbeat: Callable[[int, str], None] = lambda step, doing: None,
+        check: Callable[[], None] = lambda: None,
+        record: dict | None = None,
     ):
         run.mkdir(parents=True, exist_ok=True)
         self.run, self.config, self.optimizer = run, model.config, optimizer
-        self.export, self.keep_state, self.heartbeat = export, keep_state, heartbeat
+        self.export, self.keep_state, self.heartbeat, self.check = export, keep_state, heartbeat, check
+        self.manifest = {} if record is None else {"run": json.loads(json.dumps(record))}  # its constant part
         self.dist = dist.with_own_group()
         self.parameters = dict(model.named_parameters())
         self.shapes = state_shapes(self.parameters)
@@ -146,23 +153,25 @@ class Saver:
     # The thread
 
     def _save(self, step: int, tensors: dict[str, Tensor | None], counters: dict) -> None:
-        final, temporary, files = self.run / f"step{step}", self.run / f".step{step}.tmp", {}
+        final, temporary, files = self.run / f"step{step}", self.run / f".step{step}.{secrets.token_hex(8)}.tmp", {}
         stages = {
-            "copying weights and moments": lambda: self._begin(final, temporary, tensors),
             "writing weights and moments": lambda: self._write_part(temporary),
             "writing the model": lambda: self._write_model(temporary, files),
             "completing the checkpoint": lambda: self._complete(final, temporary, step, counters, files),
         }
+        complaint = f"{final} could not be saved, earlier checkpoints are whole"
         try:
             if self.stream:
                 torch.cuda.set_device(self.dist.device)  # a new thread starts with device 0
+            self.heartbeat(step, "copying weights and moments")
+            begun = self._together(lambda: self._begin(final, temporary, tensors), complaint)
+            temporary = self.run / begun["temporary"]  # of rank 0: nobody can guess its name
             for doing, stage in stages.items():
                 self.heartbeat(step, doing)
-                files |= self._together(stage, f"{final} could not be saved, earlier checkpoints are whole")
+                files |= self._together(stage, complaint)
             self.dist.print(f"saved {final}")
             self.heartbeat(step, "dropping older state")
-            drop = partial(drop_old_state, self.run, step, self.keep_state) if self.dist.is_main else dict
-            self._together(drop, f"{final} is saved, but older state cannot be removed")
+            self._together(lambda: self._drop(step), f"{final} is saved, but older state cannot be removed")
         except BaseException as error:  # finish() raises it
             self.error = error
             if isinstance(error, UserError) and self.dist.is_main:
@@ -178,23 +187,21 @@ class Saver:
         except UserError as error:
             failure = str(error)
         except Exception as error:
-            reason = repr(error)
-            if isinstance(error, OSError):
-                reason = f"{error.strerror or error}" + f" ({error.filename})" * bool(error.filename)
             where = f"rank {self.dist.rank}: " if self.dist.world_size > 1 else ""
-            failure = f"{complaint}: {where}{reason}"
+            failure = f"{complaint}: {where}{reason(error) if isinstance(error, OSError) else repr(error)}"
         outcomes = [json.loads(text) for text in self.dist.all_gather_str(json.dumps([result or {}, failure]))]
         for _, failure in outcomes:
             if failure:
                 raise UserError(failure)
         return {file: entry for result, _ in outcomes for file, entry in result.items()}
 
-    def _begin(self, final: Path, temporary: Path, tensors: dict[str, Tensor | None]) -> None:
-        """Take the snapshot, check the free space, and create the temporary directory."""
+    def _begin(self, final: Path, temporary: Path, tensors: dict[str, Tensor | None]) -> dict:
+        """Take the snapshot. The main rank checks the free space, creates the temporary directory and returns its
+        name."""
         self._copy(tensors)
         self.copied.set()
         if not self.dist.is_main:
-            return
+            return {}
         needed = self.config.parameters * (self.export.dtype.itemsize + 3 * 4)  # bytes: the model; weights and moments
         needed += 2**24  # small files
         if (free := shutil.disk_usage(self.run).free) < needed:
@@ -202,9 +209,10 @@ class Saver:
                 f"no room for {final}: it needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
                 f"nothing was written, make room and run the same command again"
             )
-        shutil.rmtree(temporary, ignore_errors=True)
+        self.check()
         temporary.mkdir()  # no parents=True: if the file system was unmounted, fail instead of writing elsewhere
         (temporary / "state").mkdir()
+        return {"temporary": temporary.name}
 
     def _write_part(self, temporary: Path) -> dict:
         """Write this rank's part. Returns its entry in the manifest."""
@@ -253,21 +261,32 @@ class Saver:
             return
         write_description(temporary, self.config, self.export, self.model_files)
         counters = {**counters, "adam_step": int(adam_steps.pop())}
-        (temporary / COUNTERS).write_text(json.dumps(counters) + "\n")
+        with naming(temporary / COUNTERS):
+            (temporary / COUNTERS).write_text(json.dumps(counters) + "\n")
         for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
             if (name := path.relative_to(temporary).as_posix()) not in files:
                 flush(path)
                 files[name] = checksums(path)
         flush(temporary / "state")
-        write_manifest(temporary, {"format": FORMAT, "step": step, "files": dict(sorted(files.items()))})
+        files = dict(sorted(files.items()))
+        write_manifest(temporary, {"format": FORMAT, "step": step, **self.manifest, "files": files})
+        self.check()
         if final.exists():  # the same step is saved again
             final.rename(_aside(final))
         temporary.rename(final)
         flush(self.run)
         shutil.rmtree(_aside(final), ignore_errors=True)
 
+    def _drop(self, step: int) -> None:
+        """Remove the state of older checkpoints."""
+        if self.dist.is_main:
+            self.check()
+            drop_old_state(self.run, step, self.keep_state)
+
 
 def _aside(final: Path) -> Path:
+    """Where the old directory waits while the same step is saved again. A rename writes nothing, so that anybody may
+    guess this name; and clean_up must find the step in it."""
     return final.with_name(f".{final.name}.old.tmp")
 
 

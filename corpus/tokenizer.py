@@ -1,14 +1,21 @@
 """Tokenizers: that of Pythia without its merges, and tokenizer.json files."""
 
 import json
+import os
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from runtime.errors import UserError
+from runtime.files import read_small, reason
+from runtime.manifests import read_listed
 
 END_OF_TEXT = "<|endoftext|>"  # id 0 in all of Pythia's data
+MAX_TOKENIZER_BYTES = 2**27
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -27,12 +34,44 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a tokenizer.json. Raises UserError if it is missing or not one."""
+@contextmanager
+def tokenizer_errors(path: str | Path) -> Iterator[None]:
+    """Turn every error of the tokenizers library into a UserError that names the tokenizer.json.
+
+    On some files its Rust code panics. That prints a report to stderr, which is hidden here, and raises a
+    PanicException, which is no Exception.
+    """
+    sys.stderr.flush()
+    with open(os.devnull, "wb") as null:
+        stderr = os.dup(2)
+        os.dup2(null.fileno(), 2)
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            line = (str(error).splitlines() or [repr(error)])[0][:200]
+            raise UserError(f"{path}: not a tokenizer.json that works ({line})") from None
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
+def load_tokenizer(path: str | Path, verify: bool = False) -> Tokenizer:
+    """Read a tokenizer.json. It never cuts or pads a text, whatever the file says.
+
+    verify=True compares it with the manifest.json beside it, if there is one. Raises UserError if the file is missing,
+    damaged, or not a tokenizer.json.
+    """
     try:
-        return Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
-    except Exception as error:  # tokenizers raises plain Exception
-        raise UserError(f"{path}: not a readable tokenizer.json ({str(error).splitlines()[0]})") from None
+        data = (read_listed if verify else read_small)(Path(path), MAX_TOKENIZER_BYTES)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable tokenizer.json ({reason(error)})") from None
+    with tokenizer_errors(path):
+        tokenizer = Tokenizer.from_str(data.decode())
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+    return tokenizer
 
 
 def can_cut(tokenizer: Tokenizer) -> bool:

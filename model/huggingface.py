@@ -5,18 +5,19 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from shutil import copyfile
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.pythia import Pythia
 from model.sizes import SIZES, Config
 from runtime.errors import UserError
+from runtime.files import naming, read_small, reason
+from runtime.manifests import listed, listed_files, read_listed
+from runtime.tensors import DTYPES, READ_ERRORS, read_header, read_pieces, write_tensors
 
 _LAYER = "gpt_neox.layers.{}."
 _NAMES = {
@@ -34,7 +35,7 @@ _NAMES = {
 _BUFFERS = re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")
 _GELU = {"gelu": "none", "gelu_new": "tanh", "gelu_fast": "tanh", "gelu_pytorch_tanh": "tanh"}
 
-_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 SHARD_BYTES = 5_000_000_000  # limit of one safetensors file, the default of transformers 4
 
 
@@ -104,41 +105,6 @@ def shard(sizes: dict[str, int], limit: int = SHARD_BYTES) -> list[list[str]]:
     return shards
 
 
-def write_tensors(
-    path: Path,
-    dtype: torch.dtype,
-    shapes: dict[str, tuple[int, ...]],
-    pieces: Callable[[str], Iterable[Tensor]],
-    notes: dict[str, str] | None = None,
-) -> dict:
-    """Write a safetensors file piece by piece and flush it to disk. Returns its checksums, as checksums(path) would.
-
-    The library's writer needs all tensors in memory at once; this one writes the same bytes from the pieces.
-    pieces(name) yields the values of a tensor in order, as CPU tensors of `dtype`. The notes join the header's
-    metadata. Raises OSError.
-    """
-    layout, end = {"__metadata__": {"format": "pt", **(notes or {})}}, 0
-    for name in sorted(shapes):
-        begin, end = end, end + math.prod(shapes[name]) * dtype.itemsize
-        layout[name] = {"dtype": _DTYPES[dtype], "shape": list(shapes[name]), "data_offsets": [begin, end]}
-    text = json.dumps(layout, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8 bytes
-    header = len(text).to_bytes(8, "little") + text
-    tensors = {}
-    with path.open("wb") as file:
-        file.write(header)
-        for name in sorted(shapes):
-            digest = hashlib.sha256()
-            for piece in pieces(name):
-                data = piece.contiguous().view(torch.uint8).numpy()
-                digest.update(data)
-                file.write(data)
-            tensors[name] = digest.hexdigest()
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": len(header) + end, "header_sha256": hashlib.sha256(header).hexdigest(), "tensors": tensors}
-
-
 def model_files(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, list[str]]:
     """The safetensors files of a model and the tensor names in each: one file, or shards of SHARD_BYTES."""
     shards = shard({name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()})
@@ -148,19 +114,27 @@ def model_files(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[
 
 
 def write_description(directory: Path, config: Config, export: Export, files: dict[str, list[str]]) -> None:
-    """Write config.json, the tokenizer if given, and the index of several files. `files` comes from model_files."""
-    published = published_config(config, export.dtype, export.hidden_act)
-    (directory / "config.json").write_text(json.dumps(published, indent=2) + "\n")
+    """Write config.json, the tokenizer if given, and the index of several files. `files` comes from model_files.
+
+    Raises OSError.
+    """
+    texts = {"config.json": json.dumps(published_config(config, export.dtype, export.hidden_act), indent=2) + "\n"}
     if export.tokenizer is not None:
-        copyfile(export.tokenizer, directory / "tokenizer.json")
+        try:
+            texts["tokenizer.json"] = read_small(export.tokenizer, 2**27)
+        except ValueError as error:
+            raise OSError(f"{export.tokenizer}: {error}") from None
         special = "<|endoftext|>"
         names = {"bos_token": special, "eos_token": special, "unk_token": special}
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.seq_len, **names}
-        (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        texts["tokenizer_config.json"] = json.dumps(settings, indent=2) + "\n"
     if len(files) > 1:
         weight_map = {name: file for file, names in files.items() for name in names}
         index = {"metadata": {"total_size": config.parameters * export.dtype.itemsize}, "weight_map": weight_map}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        texts["model.safetensors.index.json"] = json.dumps(index, indent=2) + "\n"
+    for name, text in texts.items():
+        with naming(directory / name):
+            (directory / name).write_bytes(text if isinstance(text, bytes) else text.encode())
 
 
 def save(
@@ -191,7 +165,7 @@ def read_config(directory: Path | str) -> Config:
         value = stored.get(key, default)
         valid = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= most
         if not valid or value != kind(value):
-            raise UserError(f"{path}: {key} must be a positive {kind.__name__}, at most {most:g}, not {value!r}")
+            raise UserError(f"{path}: {key} must be a positive {kind.__name__}, at most {most:g}, not {value!r:.100}")
         return kind(value)
 
     config = Config(
@@ -211,32 +185,32 @@ def read_config(directory: Path | str) -> Config:
     if config.hidden % config.heads or config.ffn != stored["intermediate_size"] or config.rotary_dim % 2:
         raise UserError(f"{path}: hidden_size, num_attention_heads, intermediate_size and rotary_pct do not fit")
     recipe = ("name", "lr", "init", "precision", "paper", "gelu")  # config.json does not say how a model is trained
-    shape = [f.name for f in fields(Config) if f.name not in recipe]
+    shape = [f.name for f in fields(Config) if f.name not in (*recipe, "seq_len")]
     for size in SIZES.values():
         if all(getattr(size, name) == getattr(config, name) for name in shape):
-            return replace(size, gelu=config.gelu)
+            return replace(size, gelu=config.gelu, seq_len=config.seq_len)
     return config
 
 
 def _read_supported(path: Path) -> dict:
     """The content of config.json, its rotary keys in the spelling of transformers 4. Raises UserError."""
     try:
-        stored = json.loads(path.read_text())
+        stored = json.loads(read_listed(path))
     except FileNotFoundError:
         raise UserError(f"{path.parent} has no config.json: it is not a model directory") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read: {reason(error)}") from None
     if not isinstance(stored, dict) or stored.get("model_type") != "gpt_neox":
         raise UserError(f"{path} does not describe a gpt_neox model")
     rope = stored.get("rope_parameters") or stored.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise UserError(f"{path}: rope_parameters must be an object, not {rope!r}")
+        raise UserError(f"{path}: rope_parameters must be an object, not {rope!r:.100}")
     if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
-        raise UserError(f"{path}: rotary embedding of type {rope_type!r} is not supported")
+        raise UserError(f"{path}: rotary embedding of type {rope_type!r:.100} is not supported")
     if stored.get("tie_word_embeddings") or stored.get("attention_bias") is False:
         raise UserError(f"{path}: tied embeddings and attention without bias are not supported")
     if stored.get("hidden_act", "gelu") not in list(_GELU):  # `in dict` would need a hash, which a list lacks
-        raise UserError(f"{path}: hidden_act must be one of {', '.join(_GELU)}, not {stored['hidden_act']!r}")
+        raise UserError(f"{path}: hidden_act must be one of {', '.join(_GELU)}, not {stored['hidden_act']!r:.100}")
     stored.setdefault("rotary_emb_base", rope.get("rope_theta", 10_000))
     stored.setdefault("rotary_pct", rope.get("partial_rotary_factor", 0.25))
     return stored
@@ -245,13 +219,14 @@ def _read_supported(path: Path) -> dict:
 def load(directory: Path | str, dtype: torch.dtype = torch.float32) -> Pythia:
     """Load a Pythia on the CPU from a Hugging Face directory, cast to dtype. config.json selects its GELU.
 
+    If the directory has a manifest.json, all that is read is compared with its checksums. Without one (a published
+    model) names, shapes and dtypes are checked. All weights must be finite.
+
     Raises UserError if a file is missing or damaged, or if tensors do not match config.json. Never unpickles.
     """
     with torch.device("meta"):
         model = Pythia(read_config(directory))
-    weights = {}
-    for name, tensor in read_weights(directory, model):
-        weights[name] = tensor.to(dtype, copy=True)  # a copy, because the stored tensor is a view on the file
+    weights = {name: tensor.to(dtype) for name, tensor in read_weights(directory, model)}
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(True)
 
@@ -259,48 +234,84 @@ def load(directory: Path | str, dtype: torch.dtype = torch.float32) -> Pythia:
 def read_weights(directory: Path | str, model: Pythia) -> Iterator[tuple[str, Tensor]]:
     """Yield the name and stored value of every parameter of a model from a Hugging Face directory.
 
-    Raises UserError like load; missing parameters are reported after the last one.
+    Only one tensor is in memory at a time. Raises UserError like load; missing parameters are reported after the last
+    one.
     """
     directory = Path(directory)
     ours = {huggingface_name(name): (name, p.shape) for name, p in model.named_parameters()}
-    for file, name, tensor in _tensors(directory):
-        if _BUFFERS.fullmatch(name):
-            continue
-        # transformers 5 calls the unembedding lm_head in memory, and other programs may write that name to files
-        name = "embed_out.weight" if name == "lm_head.weight" else name
-        if name not in ours:
-            raise UserError(f"{file} holds {name}, which is unknown to a GPT-NeoX of this config.json or stored twice")
-        our_name, shape = ours.pop(name)
-        if not tensor.is_floating_point():
-            raise UserError(f"{file}: {name} has dtype {tensor.dtype}, which is not floating-point")
-        if tensor.shape != shape:
-            raise UserError(f"{file}: {name} has shape {list(tensor.shape)}, not {list(shape)} as in config.json")
-        yield our_name, tensor
+    manifest = listed_files(directory)
+    for file in _weight_files(directory):
+        try:
+            checksums = listed(file, manifest)
+            header, entries, _ = read_header(file)
+            if checksums and hashlib.sha256(header).hexdigest() != checksums.get("header_sha256"):
+                raise ValueError("its header does not match its checksum")
+            for name, entry in entries.items():
+                if _BUFFERS.fullmatch(name):
+                    continue
+                our_name, shape = _ours(file, name, entry, ours)
+                expected = checksums["tensors"].get(name, "") if checksums else None
+                yield our_name, _read_tensor(file, name, entry, len(header), expected).view(shape)
+        except READ_ERRORS as error:
+            raise UserError(f"{file} is damaged: {reason(error)}") from None
     if missing := list(ours):
         raise UserError(f"{directory} lacks {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
 
 
-def _tensors(directory: Path) -> Iterator[tuple[Path, str, Tensor]]:
+def _ours(file: Path, name: str, entry: dict, ours: dict[str, tuple[str, torch.Size]]) -> tuple[str, torch.Size]:
+    """Take a stored tensor's own name and shape from `ours`. Raises UserError if it does not fit."""
+    text = repr(name[:100])  # a file can hold any name
+    # transformers 5 calls the unembedding lm_head in memory, and other programs may write that name to files
+    name = "embed_out.weight" if name == "lm_head.weight" else name
+    if name not in ours:
+        raise UserError(f"{file} holds {text}, which is unknown to a GPT-NeoX of this config.json or stored twice")
+    our_name, shape = ours.pop(name)
+    if entry["dtype"] not in _DTYPES:
+        raise UserError(f"{file}: {text} has dtype {entry['dtype']}, not one of {', '.join(_DTYPES)}")
+    if entry["shape"] != list(shape):
+        raise UserError(f"{file}: {text} has shape {entry['shape']}, not {list(shape)} as in config.json")
+    return our_name, shape
+
+
+def _read_tensor(file: Path, name: str, entry: dict, header_bytes: int, sha256: str | None) -> Tensor:
+    """The values of a stored tensor, one-dimensional. Raises UserError if they do not have this sha256, or if one of
+    them is not finite."""
+    (begin, end), dtype = entry["data_offsets"], _DTYPES[entry["dtype"]]
+    try:
+        tensor = torch.empty(end - begin, dtype=torch.uint8)
+    except RuntimeError:
+        raise UserError(f"{file}: there is no memory for {name}, {(end - begin) / 1e9:.1f} GB") from None
+    digest, finite, done = hashlib.sha256(), True, 0
+    for piece in read_pieces(file, header_bytes + begin, end - begin):
+        if sha256 is not None:
+            digest.update(piece.numpy())
+        least, most = torch.aminmax(piece.view(dtype))  # NaN if one value is NaN; many times as fast as isfinite
+        finite = finite and math.isfinite(least) and math.isfinite(most)
+        tensor[done : done + len(piece)] = piece
+        done += len(piece)
+    if sha256 is not None and sha256 != digest.hexdigest():
+        raise UserError(f"{file} is damaged in tensor {name}")
+    if not finite:
+        raise UserError(f"{file}: {name} holds NaN or infinity; take another checkpoint")
+    return tensor.view(dtype)
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model. Raises UserError if one is missing or lies outside of the directory."""
     index = directory / "model.safetensors.index.json"
-    if index.exists():
+    files = [directory / "model.safetensors"]
+    if os.path.lexists(index):
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(set(json.loads(read_listed(index))["weight_map"].values()))
             outside = any(Path(name).name != name for name in names)
-        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise UserError(f"{index} cannot be read: {error!r}") from None
+        except READ_ERRORS as error:
+            raise UserError(f"{index} cannot be read: {error!r:.200}") from None
         if outside:
             raise UserError(f"{index} names a file outside its directory")
         files = [directory / name for name in names]
-    else:
-        files = [directory / "model.safetensors"]
     for file in files:
         if not os.path.exists(file):  # noqa: PTH110 (Path.exists raises on a name that is too long)
             pickled = (directory / "pytorch_model.bin").exists()
             hint = "; pytorch_model.bin is a pickle, which is never read: convert it to safetensors" if pickled else ""
             raise UserError(f"{file} does not exist{hint}")
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    yield file, name, tensors.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file} is damaged: {str(error)[:200]!r}") from None
+    return files

@@ -1,5 +1,6 @@
 """Generation: greedy tokens against transformers, samples against the softmax, the command with good and bad input."""
 
+import json
 import math
 import os
 import subprocess
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer
 
 import generate
-from corpus.tokenizer import byte_tokenizer
+from corpus.tokenizer import byte_tokenizer, tokenizer_errors
 from model import SIZES, Pythia
 from model.huggingface import load, save
 from runtime.errors import run_command
@@ -338,6 +340,106 @@ def test_unreadable_tokenizer(directory, tmp_path, in_process, data):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(data)
     refused(in_process("--checkpoint", directory, "--prompt", "x", "--tokenizer", path), path)
+
+
+def _change(**changes):
+    return lambda spec: spec | changes
+
+
+def _processor(**special_tokens):
+    sequence = [{"SpecialToken": {"id": "[X]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    return {"type": "TemplateProcessing", "single": sequence, "pair": [], "special_tokens": special_tokens}
+
+
+# Where they fail: P stands for a panic of the Rust code, which is no Exception in Python.
+BROKEN_TOKENIZERS = {
+    "load": _change(pre_tokenizer={"type": "Metaspace", "replacement": "", "prepend_scheme": "always", "split": True}),
+    "load P": _change(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+    "load P, merges": _change(
+        model={"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"], "continuing_subword_prefix": "####"}
+    ),
+    "encode": _change(model={"type": "WordLevel", "vocab": {"a": 1}, "unk_token": "[UNK]"}),
+    "encode P": _change(normalizer={"type": "Replace", "pattern": {"Regex": ""}, "content": "zz"}),
+    "encode P, length": _change(pre_tokenizer={"type": "FixedLength", "length": 0}),
+    "encode P, template": _change(post_processor=_processor()),
+    "decode P": _change(decoder={"type": "Strip", "content": "h", "start": 1000, "stop": 1000}),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_TOKENIZERS)
+def test_broken_tokenizer(directory, tmp_path, in_process, monkeypatch, name):
+    """One line, and no report of Rust. (If it fails while it decodes, the prompt has been printed.)"""
+    monkeypatch.setattr(generate, "generate", lambda *_: iter(byte_tokenizer().encode("h").ids))
+    spec = BROKEN_TOKENIZERS[name](json.loads(byte_tokenizer().to_str()))
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(spec))
+    given = ("--prompt", "hello world", "--tokens", 9, "--tokenizer", path)
+    status, out, err = in_process("--checkpoint", directory, *given)
+    assert out == ("hello world" if "decode" in name else "")
+    refused((status, "", err), path, "not a tokenizer.json that works")
+
+
+def test_a_panic_is_no_exception():
+    """Otherwise `except Exception` would do."""
+    with pytest.raises(BaseException) as caught:
+        Tokenizer.from_str(json.dumps(BROKEN_TOKENIZERS["load P"](json.loads(byte_tokenizer().to_str()))))
+    assert not isinstance(caught.value, Exception)
+    assert type(caught.value).__name__ == "PanicException"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_an_interrupt_is_not_an_error_of_the_tokenizer(error, capfd):
+    with pytest.raises(error), tokenizer_errors("x"):
+        raise error
+    os.write(2, b"stderr is back")
+    assert capfd.readouterr().err == "stderr is back"
+
+
+def test_a_tokenizer_that_would_cut_or_pad(directory, tmp_path, in_process):
+    """Its settings for batches of training do not change the prompt."""
+    spec = json.loads(byte_tokenizer().to_str())
+    spec["truncation"] = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 5}
+    spec["padding"] = {"strategy": {"Fixed": 500}, "direction": "Right", "pad_to_multiple_of": None}
+    spec["padding"] |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    (tmp_path / "cuts.json").write_text(json.dumps(spec))
+    given = ("--checkpoint", directory, "--prompt", "hello world", "--tokens", 9)
+    expected = in_process(*given)
+    assert expected[0] == 0
+    assert in_process(*given, "--tokenizer", tmp_path / "cuts.json") == expected
+
+
+@pytest.mark.parametrize("kind", ["fifo", "/dev/zero", "sparse", "loop"])
+def test_tokenizer_that_is_no_plain_file(directory, tmp_path, in_process, kind):
+    path = tmp_path / "tokenizer.json"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "sparse":
+        with path.open("wb") as file:
+            file.truncate(2**42)
+    else:
+        path.symlink_to(path if kind == "loop" else kind)
+    refused(in_process("--checkpoint", directory, "--prompt", "x", "--tokenizer", path), path)
+
+
+def test_weights_that_give_no_numbers(directory, tmp_path, in_process):
+    """Every weight is finite, the logits are not."""
+    model = load(directory)
+    with torch.no_grad():
+        model.unembed.fill_(3e38)
+    save(model, tmp_path / "bad", torch.float32, tokenizer=directory / "tokenizer.json")
+    status, out, err = in_process("--checkpoint", tmp_path / "bad", "--prompt", "x", "--tokens", 9)
+    assert out == "x"
+    refused((status, "", err), tmp_path / "bad", "not finite")
+
+
+def test_a_terminal_gets_no_control_characters(directory, monkeypatch, in_process):
+    """A model can generate any byte. A pipe gets the text as it is."""
+    planned = byte_tokenizer().encode("\x1b[2Jé\n\t.").ids
+    monkeypatch.setattr(generate, "generate", lambda *_: iter(planned))
+    given = ("--checkpoint", directory, "--prompt", "a\x07", "--tokens", 9)
+    assert in_process(*given) == (0, "a\x07\x1b[2Jé\n\t.\n", "")
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda _: True)
+    assert in_process(*given) == (0, "a\\x07\\x1b[2Jé\n\t.\n", "")
 
 
 def test_tokenizer_that_is_a_directory(directory, tmp_path, in_process):

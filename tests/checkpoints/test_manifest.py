@@ -1,7 +1,10 @@
 """Manifests and verification: every way in which a file can be damaged, the command, and cleaning up."""
 
+import errno
 import json
+import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -13,17 +16,11 @@ import torch
 from trainee import FILES, MANIFEST, MODEL, PARTS, Trainee, header_of, refusals, two_checkpoints
 
 from checkpoint import verify
-from checkpoints.manifest import (
-    checksums,
-    clean_up,
-    drop_state,
-    saved_steps,
-    steps_with_state,
-    verify_checkpoint,
-    write_manifest,
-)
+from checkpoints.manifest import clean_up, drop_state, steps_with_state, verify_checkpoint
 from model.sizes import is_published_step
+from runtime import manifests
 from runtime.errors import UserError
+from runtime.manifests import checksums, saved_steps, write_manifest
 
 ROOT = Path(__file__).parents[2]
 
@@ -151,7 +148,96 @@ def test_files_of_another_checkpoint_are_found(run, refused, name):
 
 def test_a_renamed_checkpoint_is_found(run, refused):
     (run / "step2").rename(run / "step5")
-    refused(run / "step5", str(run / "step5" / MANIFEST))
+    refused(run / "step5", f"{run / 'step5'} holds step 2")
+    (run / "step7").symlink_to(run / "step1")
+    refused(run / "step7", f"{run / 'step7'} holds step 1")
+    assert steps_with_state(run) == [1, 5, 7]  # as damaged ones: resuming names them and falls back
+    assert not verify(run)
+
+
+def test_a_copy_may_have_any_name(run):
+    """Only a name stepN says something about the step."""
+    for name in ("s60", "step", "step2 (copy)", "STEP7"):
+        copy = shutil.copytree(run / "step2", run.parent / name)
+        assert verify_checkpoint(copy) == []
+        assert verify(copy)
+        trainee = Trainee(seed=1)
+        trainee.restore(copy)
+        assert trainee.bits() == Trainee(steps=2).bits()
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+def test_what_is_no_plain_file_is_found(run, refused, name):
+    """FIFOs, devices, /proc and files of absurd size: nothing waits, and nothing takes all memory."""
+    path = run / "step2" / name
+    for kind in ("fifo", "/dev/zero", "/dev/stdin", "/proc/self/mem", "sparse"):
+        path.unlink()
+        if kind == "fifo":
+            os.mkfifo(path)
+        elif kind == "sparse":
+            with path.open("wb") as file:
+                file.truncate(2**42)
+        else:
+            path.symlink_to(kind)
+        refused(run / "step2", str(path))
+
+
+def test_a_directory_that_cannot_be_listed_is_damage(run, monkeypatch):
+    def fail(path, pattern):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(Path, "rglob", fail)
+    line = f"{run / 'step2'} cannot be read: Input/output error ({run / 'step2' / 'state'})"
+    assert verify_checkpoint(run / "step2") == [line]
+    monkeypatch.setattr(Path, "glob", fail)
+    with pytest.raises(UserError, match=re.escape(f"the checkpoints of {run} cannot be listed: Input/output error")):
+        steps_with_state(run)
+
+
+def test_a_disk_error_names_the_file(run, monkeypatch):
+    """As of read: it knows no name."""
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(manifests.hashlib, "file_digest", fail)
+    errors = verify_checkpoint(run / "step2")
+    path = run / "step2" / "config.json"
+    assert f"{path} is damaged: Input/output error ({path})" in errors
+
+
+def test_leftovers_that_cannot_be_removed(run, monkeypatch):
+    """One line that names the file, never a traceback."""
+
+    def fail(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", "part-00001")  # as of rmtree: without its directory
+
+    (run / ".step3.tmp").symlink_to(run / "step2")
+    with pytest.raises(UserError, match="symbolic link"):
+        clean_up(run)
+    (run / ".step3.tmp").unlink()
+    shutil.copytree(run / "step2", run / ".step3.0123456789abcdef.tmp")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", fail)
+        with pytest.raises(UserError, match=re.escape(f"Read-only file system ({run}/.step3.0123456789abcdef.tmp)")):
+            clean_up(run)
+    clean_up(run)
+    (run / ".x.tmp").mkdir()
+    with pytest.raises(UserError, match=re.escape(f"({run}/.x.tmp)")):
+        clean_up(run)
+
+
+def test_names_with_control_characters_are_not_printed_raw(run):
+    path = run / "step2" / MODEL
+    data = path.read_bytes()
+    name = b"gpt_neox.embed_in.weight"
+    damaged = data.replace(name, b"\\u001b[2J" + name[9:])
+    assert len(damaged) == len(data)
+    path.write_bytes(damaged)
+    (line,) = verify_checkpoint(run / "step2")
+    assert "\x1b" not in line
+    (run / "step\x1b[2J").mkdir()
+    assert "\x1b" not in command("verify", run).stdout
 
 
 HEADERS = {
@@ -388,6 +474,8 @@ def test_clean_up_after_a_killed_save(run, monkeypatch):
         patch.setattr(shutil, "rmtree", lambda path: None)
         drop_state(dropped)
     assert verify_checkpoint(dropped) != []
+    shutil.copytree(run / "step2", run / ".step6.0123456789abcdef.tmp")
+    (run / ".run.json.0123456789abcdef.tmp").write_text("{")
     (run / "step1" / ".manifest.json.123.tmp").write_text("{")  # killed while the manifest was replaced
     (run / "step1" / ".manifest.json.tmp").write_text("{")  # the name in older versions
     shutil.copytree(run / "step2", run / ".step3.tmp")

@@ -1,11 +1,13 @@
 """Resuming: round trips to the bit, state that does not fit the model, and falling back to an older checkpoint."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from threading import Barrier
 
 import pytest
@@ -26,12 +28,14 @@ from trainee import (
     two_checkpoints,
 )
 
-from checkpoints import manifest
-from checkpoints.manifest import checksums, verify_checkpoint, write_manifest
-from checkpoints.resume import find_rows, latest_valid_step, read_rows, state_shapes
-from model.huggingface import write_tensors
+from checkpoints import manifest, resume
+from checkpoints.manifest import verify_checkpoint
+from checkpoints.resume import find_rows, latest_valid_step, read_rows, recover_record, state_shapes
+from model.huggingface import load
 from runtime.errors import UserError
+from runtime.manifests import checksums, write_manifest
 from runtime.ranks import Dist
+from runtime.tensors import write_tensors
 
 
 @pytest.fixture(autouse=True)
@@ -313,6 +317,79 @@ def test_the_newest_valid_checkpoint_is_found(run, capsys, name):
         latest_valid_step(run, Dist())
     assert str(run / "step2" / name) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_renamed_step_is_not_resumed(run, capsys):
+    """Neither a renamed directory nor a link: training would go on with the weights of another step."""
+    (run / "step2").rename(run / "step4")
+    (run / "step3").symlink_to(run / "step1")
+    assert latest_valid_step(run, Dist()) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert f"{run / 'step4'} holds step 2" in lines[0]
+    assert f"{run / 'step3'} holds step 1" in lines[1]
+
+
+def test_steps_that_cannot_be_listed_stop_all_ranks(run, monkeypatch):
+    def fail(path, pattern):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(Path, "glob", fail)
+    board, barrier = [None] * 2, Barrier(2)
+
+    def resume_on(rank):
+        with pytest.raises(UserError, match=r"cannot be listed: Input/output error \("):
+            latest_valid_step(run, ThreadRank(rank, 2, board=board, meeting=barrier))
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(resume_on, range(2)))
+
+
+def test_a_disk_error_while_state_is_loaded(run, monkeypatch):
+    """After it was verified. One line that names the file."""
+
+    def fail(path, *_):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(resume, "read_pieces", fail)
+    with pytest.raises(UserError) as caught:
+        Trainee().restore(run / "step2")
+    path = run / "step2" / PARTS[0]
+    assert str(caught.value) == f"{run / 'step2'} cannot be read any more: Input/output error ({path})"
+
+
+# The copy of the settings
+
+
+RECORD = {"settings": {"size": "14m", "lr": 1e-3, "log": ""}, "data": {"order_sha256": "ab", "documents": [1, None]}}
+
+
+def test_the_newest_valid_manifest_tells_the_record(tmp_path):
+    run, trainee = tmp_path / "run", Trainee()
+    assert recover_record(run) is None
+    trainee.save(run, 8)
+    assert recover_record(run) is None
+    for step in (9, 10, 11):
+        trainee.save(run, step, record=RECORD | {"step": step}, keep_state=1)
+    assert recover_record(run) == RECORD | {"step": 11}
+    flip(run / "step11" / MANIFEST)
+    assert recover_record(run) == RECORD | {"step": 10}  # its state is gone
+    (run / "step10").rename(run / "step12")
+    assert recover_record(run) == RECORD | {"step": 9}
+    for step in (8, 9):
+        assert verify_checkpoint(run / f"step{step}") == []
+        load(run / f"step{step}")
+
+
+@pytest.mark.parametrize("value", [None, 7, [], "settings", {"later": 1}])
+def test_manifests_may_have_unknown_entries(run, value):
+    """Of a later version: the checkpoint stays valid. Only an object is a record."""
+    for key in ("run", "comment"):
+        manifest = json.loads((run / "step2" / MANIFEST).read_text())
+        write_manifest(run / "step2", manifest | {key: value})
+    assert verify_checkpoint(run / "step2") == []
+    assert recover_record(run) == (value if isinstance(value, dict) else None)
+    Trainee().restore(run / "step2")
 
 
 def test_missing_state_counts_as_damage(run, capsys):

@@ -10,13 +10,14 @@ from threading import Barrier
 import pytest
 import torch
 
-from checkpoints import manifest, resume, save
+from checkpoints import resume, save
 from checkpoints.manifest import verify_checkpoint
 from checkpoints.resume import restore
 from checkpoints.save import Saver
 from corpus.tokenizer import byte_tokenizer
 from model import SIZES, Pythia
 from model.huggingface import Export
+from runtime import manifests
 from runtime.errors import UserError
 from runtime.ranks import Dist
 from step import make_optimizer
@@ -156,6 +157,6 @@ def refusals():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resume, "verify_checkpoint", watched)
         patch.setattr(
-            manifest, "ThreadPoolExecutor", partial(ThreadPoolExecutor, 1)
+            manifests, "ThreadPoolExecutor", partial(ThreadPoolExecutor, 1)
         )  # faster than starting many threads
         yield check

@@ -1,7 +1,6 @@
 """Hugging Face directories: transformers 4 and 5 open ours, we open theirs and older ones, and any other directory is
 refused with one line."""
 
-import hashlib
 import json
 import os
 import pickle
@@ -10,6 +9,7 @@ import shutil
 import signal
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from corpus.tokenizer import byte_tokenizer
 from model import SIZES, Pythia, huggingface
-from model.huggingface import huggingface_name, load, read_config, save, write_tensors
+from model.huggingface import huggingface_name, load, read_config, save
 from runtime.errors import UserError
 
 TINY = replace(SIZES["14m"], vocab=384, layers=2)
@@ -168,33 +168,6 @@ def test_storage(tmp_path, tiny, dtype):
     automatic = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert automatic.dtype == dtype
     same_weights(load(tmp_path, torch.float64).float(), tiny, dtype)
-
-
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-def test_files_equal_those_of_the_library(tmp_path, dtype):
-    """The bytes are the same, whatever the pieces, and the returned checksums are right."""
-    generator = torch.Generator().manual_seed(0)
-    names = {"b": (5, 3), "a.weight": (7,), 'ä "quoted"': (2, 2, 2), "c": (1, 64), "B": (4,)}
-    tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in names.items()}
-    tensors["c"][0, :3] = torch.tensor([float("nan"), -0.0, float("inf")])
-    entry = write_tensors(tmp_path / "ours", dtype, names, lambda name: tensors[name].split(2), {"note": "ü"})
-    header = (tmp_path / "ours").read_bytes()
-    header = header[: 8 + int.from_bytes(header[:8], "little")]
-    assert json.loads(header[8:])["__metadata__"] == {"format": "pt", "note": "ü"}
-    assert entry == {
-        "bytes": (tmp_path / "ours").stat().st_size,
-        "header_sha256": hashlib.sha256(header).hexdigest(),
-        "tensors": {
-            name: hashlib.sha256(t.view(torch.uint8).numpy().tobytes()).hexdigest() for name, t in tensors.items()
-        },
-    }
-    read = load_file(tmp_path / "ours")
-    assert read.keys() == tensors.keys()
-    assert all(torch.equal(read[name].view(torch.uint8), t.view(torch.uint8)) for name, t in tensors.items())
-
-    write_tensors(tmp_path / "ours", dtype, names, lambda name: [tensors[name]])
-    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
-    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 def test_loaded_weights_are_independent_of_the_file(tmp_path, tiny):
@@ -353,6 +326,12 @@ def test_published_shapes_keep_their_recipe(tmp_path, size, act):
     for change in ({"num_hidden_layers": layers + 1}, {"vocab_size": vocab + 1}, {"use_parallel_residual": False}):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         assert read_config(tmp_path).name == tmp_path.name
+
+
+@pytest.mark.parametrize("seq_len", [1, 256, 4096])
+def test_a_size_trained_on_other_rows_keeps_its_name(tmp_path, seq_len):
+    save(Pythia(replace(SIZES["14m"], seq_len=seq_len)), tmp_path)
+    assert read_config(tmp_path) == replace(SIZES["14m"], seq_len=seq_len, gelu="none")
 
 
 TEXTS = ["def f(x):\n    return x", "naïve café — 日本語 😀", "", " two  spaces\t\r\n", "<|endoftext|>a<|padding|>"]
@@ -556,6 +535,70 @@ def test_truncated_weights(micro):
     for length in (0, 1, 2**60, 2**63, 2**64 - 1):
         path.write_bytes(length.to_bytes(8, "little") + data[8:])
         refused(micro, path)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite(micro, monkeypatch, dtype, value):
+    """Anywhere in a tensor, also beside the ends of the pieces that are read at once."""
+    monkeypatch.setattr(huggingface, "read_pieces", partial(huggingface.read_pieces, piece=64))
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(micro / "model.safetensors").items()}
+    save_file(tensors, micro / "model.safetensors", metadata={"format": "pt"})
+    load(micro)
+    for place in (0, 5, 31, 32, -1):
+        damaged = {name: tensor.clone() for name, tensor in tensors.items()}
+        damaged[QKV].view(-1)[place] = value
+        save_file(damaged, micro / "model.safetensors", metadata={"format": "pt"})
+        refused(micro, micro / "model.safetensors", QKV, "NaN or infinity")
+
+
+def test_extreme_weights_are_finite(micro):
+    edit_tensors(micro, lambda tensors: tensors[QKV].view(-1)[:3].copy_(torch.tensor([3.4e38, -3.4e38, 1e-45])))
+    load(micro)
+
+
+def test_old_buffers_may_hold_anything(micro):
+    """They are not read: the fill value of the mask is -inf in some published files."""
+    name = "gpt_neox.layers.0.attention.masked_bias"
+    edit_tensors(micro, lambda tensors: tensors.update({name: torch.tensor(float("-inf"))}))
+    load(micro)
+
+
+@pytest.mark.parametrize("name", ["\x1b[2J\x1b]0;title\x07", "two\nlines", "x" * 10_000, "\u202egpj"])
+def test_a_hostile_name_is_not_printed_raw(micro, name):
+    edit_tensors(micro, lambda tensors: tensors.update({name: torch.zeros(1)}))
+    message = refused(micro, micro / "model.safetensors")
+    assert message.isprintable()
+    assert len(message) < 1000
+
+
+def test_a_manifest_of_another_program(micro):
+    """A file manifest.json that is not ours cannot be believed, and is not ignored: ours may be damaged."""
+    (micro / "manifest.json").write_text('{"name": "micro"}')
+    refused(micro, micro / "manifest.json")
+
+
+def test_no_memory_for_a_tensor(micro, monkeypatch):
+    empty = torch.empty
+
+    def no_memory(*shape, dtype=None):
+        if dtype == torch.uint8:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return empty(*shape, dtype=dtype)
+
+    monkeypatch.setattr(huggingface.torch, "empty", no_memory)
+    refused(micro, micro / "model.safetensors", "there is no memory for")
+
+
+def test_only_one_tensor_is_in_memory(micro):
+    """read_weights reads a tensor when it is asked for: a rank that keeps its rows needs room for one tensor more."""
+    with torch.device("meta"):
+        model = Pythia(read_config(micro))
+    weights = huggingface.read_weights(micro, model)
+    next(weights)
+    (micro / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="shorter"):
+        next(weights)
 
 
 # Shards

@@ -5,6 +5,7 @@ import torch
 
 from model import SIZES, Pythia
 from model.pythia import init_std
+from model.sizes import parse_steps
 
 PUBLISHED = {  # all parameters and those without embeddings, from the model cards; tensors of a Hugging Face file
     "14m": (14_067_712, 1_189_888, 76),
@@ -72,3 +73,30 @@ def test_flops_of_an_a100_run():
     config = SIZES["160m"]
     half = config.flops_per_token() - config.flops_per_token(causal=True)
     assert half == 6 * config.layers * config.hidden * config.seq_len
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ("0", {0}),
+        ("0,512,1000:143000:10000", {0, 512, *range(1000, 143_000, 10_000)}),
+        ("1000:5000:500", {1000, 1500, 2000, 2500, 3000, 3500, 4000, 4500, 5000}),
+        ("3:3:7, 3", {3}),
+        ("0:143000:1", set(range(143_001))),
+    ],
+)
+def test_lists_of_steps(text, steps):
+    assert parse_steps(text, 143_000) == steps
+
+
+@pytest.mark.parametrize("part", ["", "x", "-1", "1:5", "1:5:0", "5:1:1", "1:2:3:4", "1.5", "١", "1:5:-1", "9" * 13])
+def test_lists_that_are_not_steps(part):
+    for text in (part, f"1,{part}"):
+        with pytest.raises(ValueError, match=f"'{part}' is neither a step nor FIRST:LAST:EVERY"):
+            parse_steps(text, 143_000)
+
+
+@pytest.mark.parametrize("part", ["61", "0:61:5", "0:999999999999:1"])
+def test_lists_of_steps_past_the_end(part):
+    with pytest.raises(ValueError, match=f"'{part}' lies past step 60"):
+        parse_steps(f"1,{part}", 60)
