@@ -16,21 +16,25 @@ The order is that of GPT-NeoX v1.0 (megatron/data/gpt2_dataset.py and helpers.cp
 """
 
 import argparse
+import json
 import math
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from corpus.order import Order, Rows, ShuffledRows
+from corpus.indexed import DataFile, IndexedTokens, sha256
+from corpus.order import Order, Rows, ShuffledRows, epochs_for, identity
 from corpus.prepare import demo, prepare
-from corpus.tokenizer import load_tokenizer
-from runtime.errors import Parser, UserError, run_command
-from runtime.files import atomic_write
+from corpus.tokenizer import load_tokenizer, tokenizer_errors
+from runtime.errors import Parser, UserError, printable, run_command
+from runtime.files import atomic_write, read_small, reason
 
 # The flags that determine which rows a step has, here and in train.py: as published, and what --demo changes.
 DEFAULTS: dict[str, object] = {"data": "demo", "seed": 1234, "seq_len": 2048, "batch_size": 1024, "steps": 143_000}
 DEMO = {"data": "demo", "steps": 60, "batch_size": 16, "seq_len": 256}
+MANY_EPOCHS = 100  # no Pythia makes so many: then `steps` is not that of the run
+HASHED_AT_ONCE = 10**9  # bytes of tokens that are hashed at every start, because it takes seconds
 
 
 def batch(
@@ -46,7 +50,7 @@ def batch(
     steps = len(rows) // batch_size
     if not 0 <= step < steps:
         raise UserError(f"step {step}: the data has {steps} steps of {batch_size} rows ({len(rows)} rows); first is 0")
-    return np.stack([rows[i] for i in numbers.flat]).reshape(*numbers.shape, rows.seq_len + 1)
+    return np.stack([rows[i] for i in numbers.ravel().tolist()]).reshape(*numbers.shape, rows.seq_len + 1)
 
 
 def row_numbers(step: int, batch_size: int, micro_batch: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
@@ -86,11 +90,19 @@ def check_vocab(tokens: np.ndarray, vocab: int, step: int, rank: int = 0, world_
 
 def open_rows(data: str | Path, samples: int, seq_len: int = 2048, seed: int = 1234) -> Rows:
     """Open --data: a Megatron prefix, a pre-shuffled directory, or "demo". Raises UserError if it is none of these."""
+    tokens, shuffled = open_tokens(data)
+    return ShuffledRows(tokens, seq_len) if shuffled else Order(tokens, samples, seq_len, seed)
+
+
+def open_tokens(data: str | Path) -> tuple[IndexedTokens, bool]:
+    """Return the tokens of --data, and whether they are pre-shuffled rows. Raises UserError as open_rows."""
     path = locate(data)
+    if path.suffix in (".bin", ".idx") and Path(f"{path.with_suffix('')}.idx").exists():
+        raise UserError(f"--data {data}: did you mean {path.with_suffix('')}?")
     if (path / "document.idx").exists():
-        return ShuffledRows(path, seq_len)
+        return IndexedTokens(path / "document"), True
     if Path(f"{path}.idx").exists():
-        return Order(path, samples, seq_len, seed)
+        return IndexedTokens(path), False
     raise UserError(
         f"--data {data}: neither {path}.idx (a prefix) nor {path}/document.idx (a pre-shuffled directory) exists;"
         " make a prefix with `python data.py prepare`"
@@ -119,7 +131,7 @@ def find_tokenizer(data: str | Path) -> Path | None:
 
 
 def fingerprint(rows: Rows) -> dict:
-    """Return what a run records about its data. Tokens of less than 1 GB are hashed too, because it takes seconds."""
+    """Return what a run records about its data. Tokens of 1 GB and more are hashed only by `data.py info --hash`."""
     data, is_order = rows.data, isinstance(rows, Order)
     return {
         "kind": "shuffled by seed" if is_order else "pre-shuffled rows",
@@ -130,39 +142,190 @@ def fingerprint(rows: Rows) -> dict:
         "epochs": rows.epochs if is_order else None,
         "rows": len(rows),
         "order_sha256": rows.sha256,
-        "bin_sha256": data.tokens_sha256() if data.tokens * data.dtype.itemsize < 10**9 else None,
+        "bin_sha256": data.tokens_sha256() if is_small(data) else stored_sha256(data),
+        "shards": [
+            {
+                "name": shard.path.name,
+                "bytes": shard.bytes,
+                "sample_sha256": sample_sha256(shard),
+            }
+            for shard in data.shards
+        ],
+        "modified_ns": [shard.status.st_mtime_ns for shard in data.shards],
     }
 
 
+def is_small(data: IndexedTokens) -> bool:
+    return data.tokens * data.dtype.itemsize < HASHED_AT_ONCE
+
+
+def stored_sha256(data: IndexedTokens) -> str | None:
+    """Return the sha256 that `data.py info --hash` stored beside the data, or None if the files have changed since."""
+    try:
+        stored = json.loads(read_small(Path(f"{data.prefix}.sha256.json"), 1 << 20))
+        current = stored["files"] == [identity(shard.status) for shard in data.shards]
+        return str(stored["sha256"]) if current else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def store_sha256(data: IndexedTokens) -> str:
+    """Hash all tokens, and store the sha256 beside the data for later starts."""
+    path, digest = Path(f"{data.prefix}.sha256.json"), data.tokens_sha256()
+    try:
+        with atomic_write(path, "w") as file:
+            json.dump({"sha256": digest, "files": [identity(shard.status) for shard in data.shards]}, file)
+    except OSError as error:
+        print(printable(f"note: {path} cannot be written ({reason(error)})"), file=sys.stderr)
+    return digest
+
+
+def sample_sha256(file: DataFile, count: int = 66, size: int = 1 << 16) -> str:
+    """Return the sha256 of `count` blocks of a file, from its first to its last byte; of the whole of a small file."""
+    if file.bytes <= count * size:
+        return sha256(file.blocks("hashing the tokens"))
+    return sha256(file.read(k * (file.bytes - size) // (count - 1), size) for k in range(count))
+
+
+def fingerprint_differences(stored: dict, here: dict) -> list[str]:
+    """Return how the data of two fingerprints differ, for a message; [] for the same data, also at another place.
+
+    Compares what both have, because older ones have less. Raises LookupError, TypeError or ValueError if `stored` is
+    damaged.
+    """
+    found = []
+    if stored["order_sha256"] != here["order_sha256"]:
+        there, now = stored["order_sha256"][:12], here["order_sha256"][:12]
+        found.append(f"the order of the data (sha256 {there}… there, {now}… here)")
+    for name in ("dtype", "tokens"):
+        if stored[name] != here[name]:
+            found.append(f"the {name} of the data ({stored[name]} there, {here[name]} here)")
+    hashes = stored.get("bin_sha256"), here.get("bin_sha256")
+    if all(hashes) and hashes[0] == hashes[1]:
+        return found  # the same tokens, perhaps in other shards
+    old, new = stored.get("shards") or [], here["shards"]
+    if old and [shard["bytes"] for shard in old] != [shard["bytes"] for shard in new]:
+        found.append(f"the number or sizes of the token files ({len(old)} there, {len(new)} here)")
+    elif changed := [b["name"] for a, b in zip(old, new) if a["sample_sha256"] != b["sample_sha256"]]:
+        found.append(f"the tokens in {', '.join(changed)}")
+    elif all(hashes):
+        found.append(f"the tokens in {', '.join(shard['name'] for shard in new)} (sha256 {hashes[0][:12]}… there)")
+    return found
+
+
 def run_prepare(args: argparse.Namespace) -> None:
-    """Convert text to PREFIX.bin, PREFIX.idx and PREFIX.tokenizer.json. A .jsonl or .jsonl.zst file has one document
-    per line, {"text": "..."}; any other file is one document of UTF-8 text."""
-    data = prepare(args.input, args.out, args.tokenizer, args.workers)
-    print(f"{args.out}: {data.documents:,} documents, {data.tokens:,} tokens of {data.dtype.name}")
+    """Convert text to PREFIX.bin, PREFIX.idx and PREFIX.tokenizer.json. A .jsonl or .ndjson file has one document per
+    line, {"text": "..."}. Files of another format (.json, .csv, .parquet, .tar, .pdf, ...) are refused. Any other file
+    is one document of UTF-8 text. All may be compressed (.zst, .gz)."""
+    data = prepare(args.input, args.out, args.tokenizer, args.workers, args.text_key, args.skip_bad)
+    print(printable(f"{args.out}: {data.documents:,} documents, {data.tokens:,} tokens of {data.dtype.name}"))
 
 
 def run_info(args: argparse.Namespace) -> None:
     """Print counts, epochs, steps, the sha256 of the order."""
-    rows = open_rows(args.data, requested_samples(args.steps, args.batch_size), args.seq_len, args.seed)
-    facts = fingerprint(rows)
-    facts["files"] = "\n             ".join(facts["files"])
-    facts["tokenizer"] = find_tokenizer(args.data)
-    facts["steps"] = f"{len(rows) // args.batch_size:,} of {args.batch_size:,} rows of {args.seq_len + 1:,} tokens"
+    note = take_settings(args)
+    data, shuffled = open_tokens(args.data)
+    samples, order_of = requested_samples(args.steps, args.batch_size), f"{args.steps:,} steps"
+    if args.assumed_steps and not shuffled and epochs_for(samples, args.seq_len, data.tokens) > MANY_EPOCHS:
+        samples, order_of = max((data.tokens - 1) // args.seq_len, 1), "one epoch; for that of a run give --run RUN"
+    rows = ShuffledRows(data, args.seq_len) if shuffled else Order(data, samples, args.seq_len, args.seed)
+    facts = {
+        "kind": "pre-shuffled rows" if shuffled else "documents, shuffled by seed",
+        "files": "\n             ".join(map(str, [data.index_file, *data.files])),
+        "tokenizer": find_tokenizer(args.data),
+        "dtype": data.dtype.name,
+        "tokens": data.tokens,
+        "documents": None if shuffled else data.documents,
+        "bin_sha256": store_sha256(data) if args.hash else fingerprint(rows)["bin_sha256"],
+        "order of": None if shuffled else order_of,
+        "epochs": None if shuffled else rows.epochs,
+        "rows": len(rows),
+        "order_sha256": rows.sha256,
+        "steps": f"{len(rows) // args.batch_size:,} of {args.batch_size:,} rows of {args.seq_len + 1:,} tokens",
+    }
     for name, fact in facts.items():
         if fact is not None:
-            print(f"{name:<12} {fact:,}" if isinstance(fact, int) else f"{name:<12} {fact}")
+            print(printable(f"{name:<12} {fact:,}" if isinstance(fact, int) else f"{name:<12} {fact}"))
+    print(note, file=sys.stderr, end="\n" * bool(note))
+
+
+def take_settings(args: argparse.Namespace) -> str:
+    """Fill in the settings that the command line leaves open: from --run, with --demo, or with the defaults.
+
+    Returns a note that says which ones it assumed, or "". Raises UserError if --run has others than the command line.
+    """
+    given = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
+    settings, args.assumed_steps, note = DEFAULTS | (DEMO if args.demo else {}), False, ""
+    if args.run:
+        settings = run_settings(Path(args.run))
+        for name, value in given.items():
+            if value != settings[name] and name != "data":  # data may have been moved
+                text = f"--{name.replace('_', '-')} {value}"
+                raise UserError(f"{text}: the run {args.run} has {settings[name]}; leave out {text.split()[0]}")
+    elif not args.demo:
+        args.assumed_steps = "steps" not in given
+        if assumed := ", ".join(f"{name} {value}" for name, value in settings.items() if name not in given):
+            note = f"note: assumed as in train.py: {assumed}; --run RUN takes those of a run"
+    vars(args).update(settings | given)
+    return note
+
+
+def run_settings(run: Path) -> dict:
+    """The settings in RUN/run.json that decide which rows a step has. Raises UserError if one is missing or damaged."""
+    from runtime.run_directory import read_run  # it imports torch, which takes seconds
+
+    settings = read_run(run)["settings"]
+    for name, default in DEFAULTS.items():
+        if type(settings.get(name)) is not type(default):
+            raise UserError(f"{run / 'run.json'} is damaged: {name} is {str(settings.get(name))[:100]!r}")
+    return {name: settings[name] for name in DEFAULTS}
+
+
+def compare_with_run(run: Path, step: int, tokens: np.ndarray) -> None:
+    """Say whether tokens [batch, seq_len + 1] are those that the run recorded. Raises UserError if they are not."""
+    from corpus.loader import digest, row_digests  # these import torch, which takes seconds
+    from runtime.metrics import recorded_batch
+
+    recorded, here = recorded_batch(run / "metrics.jsonl", step), digest(row_digests(tokens))
+    if recorded is None:
+        print(f"note: {run} has no record of step {step} to compare with", file=sys.stderr)
+    elif recorded != here:
+        raise UserError(
+            f"step {step}: the data has changed: {run}/metrics.jsonl has batch_sha256 {recorded[:12]}…, these rows have"
+            f" {here[:12]}…; give the data of the run as --data"
+        )
+    else:
+        print(f"these rows are those that {run} recorded for step {step}", file=sys.stderr)
 
 
 def run_view(args: argparse.Namespace) -> None:
     """Print what the model saw in a step, as text if there is a tokenizer, and the documents that it came from."""
-    rows = open_rows(args.data, requested_samples(args.steps, args.batch_size), args.seq_len, args.seed)
+    note = take_settings(args)
+    if not 0 <= args.step < args.steps:
+        raise UserError(f"step {args.step}: the run has the steps 0 .. {args.steps - 1} (--steps {args.steps})")
+    data, shuffled = open_tokens(args.data)
+    samples = requested_samples(args.steps, args.batch_size)
+    if not shuffled and args.assumed_steps and (n := epochs_for(samples, args.seq_len, data.tokens)) > MANY_EPOCHS:
+        raise UserError(
+            f"{args.steps:,} steps are {n:,} epochs of {args.data}, and the number of epochs decides the order:"
+            " give --run RUN, or --steps as in train.py"
+        )
+    rows = ShuffledRows(data, args.seq_len) if shuffled else Order(data, samples, args.seq_len, args.seed)
     tokens = batch(rows, args.step, args.batch_size)[0]  # [batch, seq_len + 1]
+    if args.run:
+        compare_with_run(Path(args.run), args.step, tokens)
     if args.row is not None and not 0 <= args.row < args.batch_size:
         raise UserError(f"--row {args.row}: a step has rows 0 .. {args.batch_size - 1}")
     chosen = [*range(args.batch_size)] if args.row is None else [args.row]
     if args.export:
         export(tokens[chosen], Path(args.export))
-        return
+    else:
+        print_rows(args, rows, tokens, chosen)
+    print(note, file=sys.stderr, end="\n" * bool(note))
+
+
+def print_rows(args: argparse.Namespace, rows: Rows, tokens: np.ndarray, chosen: list[int]) -> None:
+    """Print the chosen rows of tokens [batch, seq_len + 1], as text if there is a tokenizer."""
     file = args.tokenizer or find_tokenizer(args.data)
     tokenizer = load_tokenizer(file) if file else None
     for k in chosen:
@@ -171,7 +334,14 @@ def run_view(args: argparse.Namespace) -> None:
             origin = ": " + ", ".join(f"document {d} from {offset} ({n})" for d, offset, n in rows.pieces(number))
         print(f"--- step {args.step}, row {k} of {args.batch_size} (row {number} of the order){origin}")
         ids = tokens[k].tolist()
-        print(tokenizer.decode(ids, skip_special_tokens=False) if tokenizer else " ".join(map(str, ids)))
+        if not tokenizer:
+            print(" ".join(map(str, ids)))
+            continue
+        if min(ids) < 0:
+            raise UserError(f"step {args.step}, row {k}: token id {min(ids)} is negative, which no tokenizer knows")
+        with tokenizer_errors(file):
+            text = tokenizer.decode(ids, skip_special_tokens=False)
+        print(printable(text))
 
 
 def export(array: np.ndarray, path: Path) -> None:
@@ -193,32 +363,41 @@ def main() -> None:
     def add(name: str, run, example: str) -> Parser:
         text, example = run.__doc__, f"example: python data.py {name} {example}"
         command = commands.add_parser(name, help=text, description=text, epilog=example)
-        command.set_defaults(run=run)
+        command.set_defaults(command=run)
         return command
 
     command = add("prepare", run_prepare, "--input wiki.jsonl.zst notes.txt --out corpora/mine")
-    command.add_argument("--input", nargs="+", required=True, metavar="FILE", help="in the order of the documents")
+    command.add_argument(
+        "--input", nargs="+", required=True, metavar="FILE", help="in order; - is JSON lines from stdin"
+    )
     command.add_argument("--out", required=True, metavar="PREFIX", help="must not exist yet")
     command.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json; id 0 is <|endoftext|> (default: bytes)")
     command.add_argument("--workers", type=int, metavar="N", help="threads that encode (default: one per core)")
+    command.add_argument("--text-key", default="text", metavar="KEY", help="of JSON lines (default: %(default)s)")
+    command.add_argument("--skip-bad", action="store_true", help="leave bad JSON lines out, print their number")
 
     info = add("info", run_info, "--data corpora/mine --steps 1000")
-    view = add("view", run_view, "--data corpora/mine --steps 1000 --step 10 --row 3")
+    view = add("view", run_view, "--run runs/pythia-14m --step 10 --row 3")
     for command in (info, view):
+        command.add_argument("--run", metavar="RUN", help="take all settings from this run; view checks its rows")
         command.add_argument("--demo", action="store_true", help="the rows of `train.py --demo`")
-        command.add_argument("--data", help="prefix, pre-shuffled directory, or `demo` (default: %(default)s)")
-        command.add_argument("--seed", type=int, help="as given to train.py (default: %(default)s)")
-        command.add_argument("--seq-len", type=int, metavar="N", help="tokens per row (default: %(default)s)")
-        command.add_argument("--batch-size", type=int, metavar="N", help="rows per step (default: %(default)s)")
-        command.add_argument("--steps", type=int, metavar="N", help="steps of the whole run (default: %(default)s)")
-        command.set_defaults(**(DEFAULTS | DEMO if "--demo" in sys.argv else DEFAULTS))
+        command.add_argument("--data", help="prefix, pre-shuffled directory, or `demo` (default: demo)")
+        for name, text in (
+            ("seed", "as given to train.py"),
+            ("seq_len", "tokens per row"),
+            ("batch_size", "rows per step"),
+            ("steps", "steps of the whole run"),
+        ):
+            text = f"{text} (default: {DEFAULTS[name]}; with --demo {(DEFAULTS | DEMO)[name]})"
+            command.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=text)
+    info.add_argument("--hash", action="store_true", help="hash all tokens, and store the hash beside the data")
     view.add_argument("--step", type=int, required=True, metavar="T", help="the first step is 0")
     view.add_argument("--row", type=int, metavar="R", help="only this row of the step; the first row is 0")
     view.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json (default: the one beside the data)")
     view.add_argument("--export", metavar="FILE.npy", help="write tokens [rows, seq_len + 1] instead (Pythia: uint16)")
 
     args = parser.parse_args()
-    args.run(args)
+    args.command(args)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,14 @@
 
 import glob
 import hashlib
+import io
+import math
+import os
+import stat
 import struct
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+import weakref
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
 
@@ -17,6 +22,7 @@ from runtime.errors import UserError
 # int64 positions in the .bin in bytes [n], int64 document marks [m] (the sequence at which each document starts).
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, n, m
+TWO_POSITIONS = struct.Struct("<2q")
 DTYPES = {code: np.dtype(name) for code, name in {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}.items()}
 
 
@@ -26,23 +32,102 @@ def block_slices(count: int, label: str, size: int = 1 << 20) -> Iterator[slice]
         yield slice(start, min(start + size, count))
 
 
-def sha256(arrays: list[np.ndarray], label: str) -> str:
-    """Return the hex digest of the bytes of contiguous arrays, one after the other."""
+def sha256(blocks: Iterable[bytes | np.ndarray]) -> str:
+    """Return the hex digest of blocks of bytes, or of contiguous arrays, one after the other."""
     digest = hashlib.sha256()
-    for array in arrays:
-        raw = array.reshape(-1).view(np.uint8)
-        for block in block_slices(len(raw), label, size=1 << 24):
-            digest.update(raw[block])
+    for block in blocks:
+        digest.update(block)
     return digest.hexdigest()
 
 
-def map_bytes(path: Path) -> np.ndarray:
-    """Memory-map a file, read-only: uint8 [bytes]. Raises UserError if it cannot be read."""
-    try:
-        # An empty file cannot be mapped. A plain array, because slicing an np.memmap is slow.
-        return np.asarray(np.memmap(path, np.uint8, "r")) if path.stat().st_size else np.empty(0, np.uint8)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+class DataFile:
+    """A regular file that is read by pread. Raises UserError if it cannot be opened or read.
+
+    It is never mapped, because a mapping kills the process without a message (SIGBUS) when the file shrinks or the disk
+    fails. Threads and forked processes can share it.
+
+    bytes   its size when it was opened
+    status  its os.stat_result from then
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            # O_NONBLOCK: the open of a FIFO would wait for a writer
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            weakref.finalize(self, os.close, self._descriptor)
+            self.status = os.fstat(self._descriptor)
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from None
+        if not stat.S_ISREG(self.status.st_mode):
+            raise UserError(f"{path}: not a regular file")
+        self.bytes = self.status.st_size
+
+    def read(self, begin: int, count: int) -> bytes:
+        """Return `count` bytes from byte `begin`."""
+        try:
+            raw = os.pread(self._descriptor, count, begin)
+            while len(raw) < count:  # at the end of the file; Linux also reads at most 2 GB at once
+                more = os.pread(self._descriptor, count - len(raw), begin + len(raw))
+                if not more:
+                    raise UserError(
+                        f"{self.path}: byte {begin + len(raw)}: the file ends here, it had {self.bytes} bytes when it"
+                        " was opened; another program has changed it"
+                    )
+                raw += more
+        except OSError as error:
+            raise UserError(f"{self.path}: byte {begin} cannot be read ({error.strerror}); check the disk") from None
+        return raw
+
+    def blocks(self, label: str) -> Iterator[bytes]:
+        """Yield the file in blocks. A progress bar appears after two seconds."""
+        for block in block_slices(self.bytes, label, size=1 << 24):
+            yield self.read(block.start, block.stop - block.start)
+
+    def map(self, begin: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
+        """Memory-map an array, read-only."""
+        with open(self._descriptor, "rb", closefd=False) as file:
+            return np.memmap(file, dtype, "r", begin, shape)
+
+
+class StoredArray:
+    """An array in a DataFile: array[a:b] reads these rows (0 <= a <= b), np.asarray(array) all of them."""
+
+    def __init__(self, file: DataFile, begin: int, dtype: np.dtype | str, shape: tuple[int, ...]):
+        self.file, self.begin, self.dtype, self.shape = file, begin, np.dtype(dtype), shape
+        self.row_bytes = self.dtype.itemsize * math.prod(shape[1:])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        raw = self.file.read(self.begin + rows.start * self.row_bytes, (rows.stop - rows.start) * self.row_bytes)
+        array = np.frombuffer(raw, self.dtype)
+        return array if len(self.shape) == 1 else array.reshape(-1, *self.shape[1:])
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        return self[0 : len(self)].astype(dtype or self.dtype, copy=False)
+
+    def blocks(self, label: str) -> Iterator[np.ndarray]:
+        """Yield all rows in blocks. A progress bar appears after two seconds."""
+        for block in block_slices(len(self), label):
+            yield self[block]
+
+    def map(self) -> np.memmap:
+        """Memory-map the array, read-only."""
+        return self.file.map(self.begin, self.dtype, self.shape)
+
+
+def open_npy(path: Path) -> StoredArray:
+    """Open an array in a .npy file. Raises UserError if it cannot be read, ValueError if it is not such a file."""
+    file = DataFile(path)
+    head = io.BytesIO(file.read(0, min(file.bytes, 1 << 12)))
+    if np.lib.format.read_magic(head) != (1, 0):
+        raise ValueError(f"{path.name} has another version of the format")
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(head)
+    if fortran_order or dtype.hasobject or head.tell() + math.prod(shape) * dtype.itemsize != file.bytes:
+        raise ValueError(f"{path.name} does not have the size that its header says")
+    return StoredArray(file, head.tell(), dtype, shape)
 
 
 def bin_files(prefix: Path) -> tuple[list[Path], str]:
@@ -78,30 +163,32 @@ class IndexedTokens:
     dtype      of the tokens
     documents  their number (GPT-NeoX calls them sequences; in the Pile each document is one sequence)
     marks      number of document marks; 1 in pre-shuffled data sets
-    sizes      [documents] int32, tokens of each document
+    sizes      [documents] int32, tokens of each document, in the file
     tokens     their number, in all documents together
+    files      paths of PREFIX.bin or its shards
     """
 
     def __init__(self, prefix: str | Path):
         self.prefix, self.index_file = Path(prefix), Path(f"{prefix}.idx")
-        raw = map_bytes(self.index_file)
-        self._read_index(raw)
+        index = DataFile(self.index_file)
+        self._read_index(index)
         self.files, hint = bin_files(self.prefix)
-        self._shards = [map_bytes(path) for path in self.files]
-        self._starts = [0, *accumulate(map(len, self._shards))]  # first byte of each shard in the data set, and the end
+        self.shards = [DataFile(path) for path in self.files]
+        # first byte of each shard in the data set, and the end
+        self._starts = [0, *accumulate(shard.bytes for shard in self.shards)]
         width = self.dtype.itemsize
         if excess := self._starts[-1] - self.tokens * width:
             problem = f"{excess} bytes too long" if excess > 0 else f"truncated, {-excess} bytes are missing{hint}"
             name = self.files[0] if len(self.files) == 1 else f"{self.prefix}-*.bin"
             raise UserError(f"{name}: {problem} ({self.index_file} says {self.tokens} tokens of {width} bytes)")
         self._check_positions()
-        self.index_sha256 = sha256([raw], "hashing the index")
+        self.index_sha256 = sha256(index.blocks("hashing the index"))
 
-    def _read_index(self, raw: np.ndarray) -> None:
+    def _read_index(self, file: DataFile) -> None:
         index = self.index_file
-        if len(raw) < HEADER.size:
-            raise UserError(f"{index}: {len(raw)} bytes are too few for a header of {HEADER.size}; fetch it again")
-        magic, version, code, self.documents, self.marks = HEADER.unpack(raw[: HEADER.size].tobytes())
+        if file.bytes < HEADER.size:
+            raise UserError(f"{index}: {file.bytes} bytes are too few for a header of {HEADER.size}; fetch it again")
+        magic, version, code, self.documents, self.marks = HEADER.unpack(file.read(0, HEADER.size))
         if magic != MAGIC:
             raise UserError(f"{index}: byte 0: magic {magic!r} is not {MAGIC!r}; not a Megatron/GPT-NeoX index")
         if version != 1:
@@ -112,19 +199,22 @@ class IndexedTokens:
         if self.marks < 1:
             raise UserError(f"{index}: byte 26: no document marks, at least one is needed; write the index again")
         expected = HEADER.size + 12 * self.documents + 8 * self.marks  # Python integers do not overflow
-        if len(raw) != expected:
+        if file.bytes != expected:
             raise UserError(
-                f"{index}: {len(raw)} bytes, but counts ({self.documents} sequences, {self.marks} document marks)"
+                f"{index}: {file.bytes} bytes, but counts ({self.documents} sequences, {self.marks} document marks)"
                 f" need {expected}: truncated or damaged; fetch it again"
             )
-        # The arrays start at byte 34, so these views are unaligned; numpy reads them correctly.
         pointers_at, marks_at = HEADER.size + 4 * self.documents, HEADER.size + 12 * self.documents
-        self.sizes = raw[HEADER.size : pointers_at].view("<i4")
-        self._pointers, self._marks = raw[pointers_at:marks_at].view("<i8"), raw[marks_at:].view("<i8")
-        if self.sizes.min(initial=0) < 0:
-            sequence = (self.sizes < 0).argmax()
-            raise UserError(f"{index}: sequence {sequence} has a negative size; damaged, fetch it again")
-        self.tokens = int(self.sizes.sum(dtype=np.int64))
+        self.sizes = StoredArray(file, HEADER.size, "<i4", (self.documents,))
+        self._pointers = StoredArray(file, pointers_at, "<i8", (self.documents,))
+        self._marks = StoredArray(file, marks_at, "<i8", (self.marks,))
+        self.tokens = sequence = 0
+        for sizes in self.sizes.blocks("checking sizes"):
+            if sizes.min() < 0:
+                sequence += (sizes < 0).argmax()
+                raise UserError(f"{index}: sequence {sequence} has a negative size; damaged, fetch it again")
+            sequence += len(sizes)
+            self.tokens += int(sizes.sum(dtype=np.int64))
 
     def _check_positions(self) -> None:
         index, begin = self.index_file, 0  # begin: byte of the data set; the sizes fit the files, so nothing overflows
@@ -135,24 +225,44 @@ class IndexedTokens:
                 raise UserError(f"{index}: position of sequence {sequence} is not the sum of the sizes before it")
             begin += int(lengths.sum())
         # The writer of the pre-shuffled data sets never ended a document, so they have only the first mark.
-        if self._marks[0] != 0 or (self.marks > 1 and self._marks[-1] != self.documents):
+        first, last = self._marks[0:1].item(), self._marks[self.marks - 1 : self.marks].item()
+        if first != 0 or (self.marks > 1 and last != self.documents):
             raise UserError(f"{index}: document marks do not run from 0 to {self.documents}; damaged, fetch it again")
-        if (wrong := self._marks[1:] < self._marks[:-1]).any():
-            raise UserError(f"{index}: document marks go backwards after {wrong.argmax()}; damaged, fetch it again")
+        for block in block_slices(self.marks - 1, "checking document marks"):
+            marks = self._marks[block.start : block.stop + 1]
+            if (wrong := marks[1:] < marks[:-1]).any():
+                mark = block.start + wrong.argmax()
+                raise UserError(f"{index}: document marks go backwards after {mark}; damaged, fetch it again")
 
     def read(self, position: int, count: int) -> np.ndarray:
         """Return tokens [count] from `position` in the tokens of all documents. Raises IndexError outside the data."""
-        if position < 0 or count < 0 or position + count > self.tokens:
-            raise IndexError(f"tokens {position} to {position + count} of {self.tokens}")
-        # Count bytes, because a shard can end within a token (published shards end within rows).
-        begin, end = position * self.dtype.itemsize, (position + count) * self.dtype.itemsize
-        first, stop = bisect_right(self._starts, begin) - 1, bisect_left(self._starts, end)  # the shards to read
-        parts = [self._shards[k][max(begin - self._starts[k], 0) : end - self._starts[k]] for k in range(first, stop)]
-        return np.concatenate([np.empty(0, np.uint8), *parts]).view(self.dtype)
+        return self.join([(position, count)])
+
+    def join(self, pieces: Iterable[tuple[int, int]]) -> np.ndarray:
+        """Return the tokens of all pieces, [(position, count)], as one array. Raises IndexError outside the data."""
+        parts, width, starts = [], self.dtype.itemsize, self._starts
+        for position, count in pieces:
+            if position < 0 or count < 0 or position + count > self.tokens:
+                raise IndexError(f"tokens {position} to {position + count} of {self.tokens}")
+            # Count bytes, because a shard can end within a token (published shards end within rows).
+            begin, end = position * width, (position + count) * width
+            while begin < end:
+                shard = bisect_right(starts, begin) - 1
+                stop = min(end, starts[shard + 1])
+                parts.append(self.shards[shard].read(begin - starts[shard], stop - begin))
+                begin = stop
+        return np.frombuffer(bytearray().join(parts), self.dtype)
+
+    def span(self, document: int) -> tuple[int, int]:
+        """Return the positions, in tokens, at which a document starts and ends."""
+        # Behind the last position is the first document mark, so there are always 16 bytes to read.
+        pointers, width = self._pointers, self.dtype.itemsize
+        begin, end = TWO_POSITIONS.unpack(pointers.file.read(pointers.begin + 8 * document, 16))
+        return begin // width, end // width if document < self.documents - 1 else self.tokens
 
     def start(self, document: int) -> int:
         """Return the position, in tokens, at which a document starts."""
-        return int(self._pointers[document]) // self.dtype.itemsize
+        return self.span(document)[0]
 
     def tokens_sha256(self) -> str:
-        return sha256(self._shards, "hashing the tokens")
+        return sha256(block for shard in self.shards for block in shard.blocks("hashing the tokens"))

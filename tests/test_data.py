@@ -3,9 +3,12 @@
 import hashlib
 import json
 import os
+import re
+import shutil
 import struct
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -66,8 +69,9 @@ def test_loader_of_split_documents_equals_neox(golden, rank):
     documents), so this test writes each part as a data set."""
     truth = arrays("loader")
     whole = IndexedTokens(golden / "synth500")
+    sizes = np.asarray(whole.sizes).tolist()
     for split, first, end, samples in (("train", 0, 450, 112), ("valid", 450, 480, 96), ("test", 480, 500, 32)):
-        write_data(golden / split, [whole.read(whole.start(d), int(whole.sizes[d])) for d in range(first, end)])
+        write_data(golden / split, [whole.read(whole.start(d), sizes[d]) for d in range(first, end)])
         order = Order(golden / split, samples, 64)
         served = np.concatenate([batch(order, k, 8, 2, rank, 4) for k in range(6 if split == "train" else 4)])
         np.testing.assert_array_equal(served, truth[f"split_it0_rank{rank}_{split}"])
@@ -151,6 +155,22 @@ def test_fingerprint(golden):
     json.dumps(facts)
 
 
+def test_other_tokens_of_equal_length_are_named(golden, monkeypatch):
+    stored = json.loads(json.dumps(data.fingerprint(Order(golden / "synth500", 1, 64))))
+    assert data.fingerprint_differences(stored, data.fingerprint(Order(golden / "synth500", 1, 64))) == []
+    raw = bytearray((golden / "synth500.bin").read_bytes())
+    raw[1000:2000] = bytes(1000)
+    (golden / "synth500.bin").write_bytes(raw)
+    here = data.fingerprint(Order(golden / "synth500", 1, 64))
+    assert data.fingerprint_differences(stored, here) == ["the tokens in synth500.bin"]
+    without = {name: None if name == "bin_sha256" else fact for name, fact in stored.items()}  # as for large data
+    assert data.fingerprint_differences(without, here) == ["the tokens in synth500.bin"]
+    old = {name: fact for name, fact in stored.items() if name != "shards"}  # as earlier versions wrote it
+    assert "synth500.bin" in data.fingerprint_differences(old, here)[0]
+    with pytest.raises((LookupError, TypeError, ValueError)):
+        data.fingerprint_differences({"order_sha256": 5}, here)
+
+
 # --- Commands ---------------------------------------------------------------------------------------------------------
 
 
@@ -232,6 +252,7 @@ def test_commands_refuse_in_one_line(golden):
         (("info", *edge, "--seed", "-1"), "--seed -1"),
         (("info", *edge, "--seed", "x"), "--seed: invalid int value"),
         (("view", *edge), "required: --step"),
+        (("info", "--data", "edgeA.bin"), "did you mean edgeA?"),
         (("info", *edge, "--seed", "99999999999"), "--seed 99999999999"),
         (("info", *edge, "--steps", "100000000"), "lower --steps"),
         (("view", *edge, "--step", "0", "--batch-size", "0"), "--batch-size 0 must be at least 1"),
@@ -239,7 +260,7 @@ def test_commands_refuse_in_one_line(golden):
         assert_refused(run_data(golden, *arguments), message)
     assert {path: path.stat().st_mtime_ns for path in golden.iterdir()} == before
     for arguments, message in (  # these commands open the order and write its cache
-        (("view", *edge, "--steps", "3", "--batch-size", "8", "--step", "3"), "step 3: the data has 3 steps"),
+        (("view", *edge, "--steps", "3", "--batch-size", "8", "--step", "3"), "step 3: the run has the steps 0 .. 2"),
         (("view", *edge, "--steps", "3", "--batch-size", "8", "--step", "0", "--row", "8"), "--row 8"),
         (("view", *edge, "--steps", "3", "--batch-size", "8", "--step", "0", "--tokenizer", "edgeA.idx"), "tokenizer"),
     ):
@@ -250,6 +271,64 @@ def test_help_has_examples():
     assert "prepare" in run_data(REPO, "--help").stdout
     for name in ("prepare", "info", "view"):
         assert f"example: python data.py {name}" in run_data(REPO, name, "--help").stdout
+
+
+def test_view_of_a_run(corpus, run, tmp_path):
+    """All settings come from the run, and the rows are compared with the hash that it recorded."""
+    directory = run("--stop-at", "3", "--seed", "7")
+    view = partial(run_data, tmp_path, "view", "--run", directory)
+    shown = view("--step", "2", "--row", "1")
+    assert shown.stdout == run_data(
+        tmp_path, "view", "--data", corpus, "--seed", "7", "--seq-len", "32", "--batch-size", "4", "--steps", "9",
+        "--step", "2", "--row", "1",
+    ).stdout  # fmt: skip
+    assert shown.stderr == f"these rows are those that {directory} recorded for step 2\n"
+    assert view("--step", "5").stderr == f"note: {directory} has no record of step 5 to compare with\n"
+    assert_refused(view("--step", "9"), "step 9: the run has the steps 0 .. 8")
+    assert_refused(view("--step", "2", "--seed", "1234"), f"--seed 1234: the run {directory} has 7; leave out --seed")
+
+    for end in (".bin", ".idx"):
+        shutil.copy(f"{corpus}{end}", tmp_path / f"moved{end}")
+    with (tmp_path / "moved.bin").open("r+b") as file:
+        file.write(bytes(10_000))
+    moved = view("--step", "2", "--data", tmp_path / "moved")
+    assert_refused(moved, "step 2: the data has changed")
+
+    settings = json.loads((directory / "run.json").read_text())
+    settings["settings"]["seq_len"] = "32"
+    (directory / "run.json").write_text(json.dumps(settings))
+    assert_refused(view("--step", "2"), "run.json is damaged: seq_len is '32'")
+
+
+def test_small_corpora_and_the_default_steps(corpus, tmp_path):
+    """143,000 steps would be thousands of epochs of such a corpus, and their number decides the order."""
+    info = run_data(tmp_path, "info", "--data", corpus)
+    assert re.search(r"^order of +one epoch", info.stdout, re.MULTILINE)
+    assert re.search(r"^epochs +1$", info.stdout, re.MULTILINE)
+    assert info.stderr.startswith("note: assumed as in train.py: seed 1234, seq_len 2048, batch_size 1024, steps 14")
+    refused = run_data(tmp_path, "view", "--data", corpus, "--step", "3")
+    assert_refused(refused, "the number of epochs decides the order: give --run RUN, or --steps as in train.py")
+
+
+def test_the_stored_hash_of_large_data(corpus, tmp_path, monkeypatch):
+    for end in (".bin", ".idx"):
+        shutil.copy(f"{corpus}{end}", tmp_path / f"large{end}")
+    expected = hashlib.sha256((tmp_path / "large.bin").read_bytes()).hexdigest()
+    assert expected in run_data(tmp_path, "info", "--data", "large", "--hash").stdout
+    monkeypatch.setattr(data, "HASHED_AT_ONCE", 0)
+
+    def found() -> str | None:
+        return data.fingerprint(data.open_rows(tmp_path / "large", 10, 32))["bin_sha256"]
+
+    assert found() == expected
+    stored = tmp_path / "large.sha256.json"
+    for damage in ("", "[]", "{}", "[" * 100_000, '{"sha256": 3}'):
+        kept = stored.read_text()
+        stored.write_text(damage)
+        assert found() is None
+        stored.write_text(kept)
+    (tmp_path / "large.bin").write_bytes((tmp_path / "large.bin").read_bytes())
+    assert found() is None  # it may have changed
 
 
 def test_reader_that_closes_the_pipe(golden):

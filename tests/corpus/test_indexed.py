@@ -1,12 +1,17 @@
 """Data sets on disk: shards, and broken or hostile files."""
 
+import errno
 import hashlib
+import os
 import shutil
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from megatron import GOLDEN, copy_golden, cut_into_shards, random_documents, write_data
+from megatron import GOLDEN, REPO, copy_golden, cut_into_shards, random_documents, write_data
 
 import data
 from corpus.indexed import IndexedTokens
@@ -39,7 +44,7 @@ def test_shards_cut_anywhere_hold_the_same_rows(tmp_path):
             with pytest.raises(IndexError):
                 read.read(position, count)
         order, stream = Order(prefix, 40, 7), []
-        documents = np.split(tokens, np.cumsum(read.sizes)[:-1])
+        documents = np.split(tokens, np.cumsum(np.asarray(read.sizes))[:-1])
         stream = np.concatenate([documents[d] for d in order.doc_idx])
         for i in range(len(order)):
             np.testing.assert_array_equal(order[i], stream[order.shuffle_idx[i] * 7 :][:8])
@@ -214,6 +219,62 @@ def test_ten_thousand_hostile_indexes(tmp_path):
             continue
         accepted += 1
         np.testing.assert_array_equal(served, tokens)
-        for document, start in enumerate(np.cumsum(read.sizes) - read.sizes):
+        for document, start in enumerate(np.cumsum(np.asarray(read.sizes)) - np.asarray(read.sizes)):
             assert read.start(document) == start
     assert 0 < accepted < 2000  # most are refused; but moved marks are harmless, and some cuts change nothing
+
+
+# --- Files that change or fail while they are in use ------------------------------------------------------------------
+
+
+def test_files_that_shrink_do_not_kill(golden):
+    """A mapping would end the process by SIGBUS. So this runs in a process of its own."""
+    code = "import os, sys, data\norder = data.Order('edgeA', 1, 64)\n"
+    code += (
+        "def main():\n  os.truncate(sys.argv[1], int(sys.argv[2]))\n  data.batch(order, 0, 16)\ndata.run_command(main)"
+    )
+    whole = {name: (golden / name).read_bytes() for name in ("edgeA.bin", "edgeA.idx")}
+    for name, left in (("edgeA.bin", 500), ("edgeA.bin", 0), ("edgeA.idx", 40), ("edgeA.idx", 0)):
+        command, paths = [sys.executable, "-c", code, name, str(left)], {"PYTHONPATH": str(REPO)}
+        run = subprocess.run(command, cwd=golden, env=os.environ | paths, capture_output=True, text=True, timeout=60)
+        assert (run.returncode, run.stderr.count("\n")) == (1, 1), run.stderr
+        assert run.stderr.startswith(f"error: {name}: byte ")
+        assert f"it had {len(whole[name])} bytes" in run.stderr
+        for file, raw in whole.items():
+            (golden / file).write_bytes(raw)
+
+
+def test_a_disk_error_is_named(golden, monkeypatch):
+    order = Order(golden / "edgeA", 1, 64)
+
+    def fail(descriptor, count, begin):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(UserError, match=r"edgeA\S*: byte \d+ cannot be read \(Input/output error\)"):
+        order[3]
+
+
+@pytest.mark.parametrize("name", ["edgeA.idx", "edgeA.bin"])
+@pytest.mark.parametrize("kind", ["fifo", "device", "proc", "directory"])
+def test_only_regular_files_are_opened(golden, name, kind):
+    path = golden / name
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to({"device": "/dev/zero", "proc": "/proc/self/cwd"}[kind])
+    with pytest.raises(UserError, match=f"{name}: not a regular file"):
+        IndexedTokens(golden / "edgeA")
+
+
+def test_reading_opens_no_mapping(golden):
+    order = Order(golden / "edgeA", 1, 64)
+    order = Order(golden / "edgeA", 1, 64)
+    for i in range(len(order)):
+        order[i]
+    assert str(golden) not in Path("/proc/self/maps").read_text()
+    assert order.doc_idx[0] >= 0  # the arrays for users are mappings
+    assert str(golden) in Path("/proc/self/maps").read_text()

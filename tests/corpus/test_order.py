@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -208,9 +210,8 @@ def forbid_building(monkeypatch):
 
 def test_cache_is_used(golden, monkeypatch, capsys):
     built = Order(golden / "edgeA", 57, 64)
-    assert sorted(path.name for path in cache_of(golden).iterdir()) == sorted(
-        [*(f"{m}.npy" for m in MAPS), "order.json"]
-    )
+    files = sorted([*(f"{m}.npy" for m in MAPS), "order.json", "checked.json"])
+    assert sorted(path.name for path in cache_of(golden).iterdir()) == files
     forbid_building(monkeypatch)
     read = Order(golden / "edgeA", 40, 64)  # fewer samples, but the same two epochs
     assert read.sha256 == built.sha256
@@ -349,3 +350,125 @@ def test_processes_that_start_together(golden):
     assert {out.strip() for out, _ in results} == {Order(golden / "synth500", 19430, 64).sha256}
     assert {error for _, error in results} == {""}
     assert len(list(golden.glob("*order*"))) == 1
+
+
+def forge(cache, **changed):
+    """Replace maps of a cache, with an order.json that describes them: sha256, dtype and shape are right."""
+    stored = json.loads((cache / "order.json").read_text())
+    for name, array in changed.items():
+        np.save(cache / f"{name}.npy", array)
+        sha256 = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+        stored["arrays"][name] = {"dtype": array.dtype.str, "shape": [*array.shape], "sha256": sha256}
+    (cache / "order.json").write_text(json.dumps(stored))
+
+
+def with_change(name, at, by):
+    def change(maps):
+        array = maps[name].copy()
+        array[at] += by
+        return {name: array}
+
+    return change
+
+
+POISON = {
+    "all-zero shuffle": lambda maps: {"shuffle_idx": np.zeros_like(maps["shuffle_idx"])},
+    "a row twice": with_change("shuffle_idx", 5, 1),
+    "a row past the end": lambda maps: {"shuffle_idx": maps["shuffle_idx"] + np.uint32(1)},
+    "documents minus 1": lambda maps: {"doc_idx": maps["doc_idx"] - 1},
+    "a document twice": lambda maps: {"doc_idx": np.where(maps["doc_idx"] == 3, 4, maps["doc_idx"]).astype(np.int32)},
+    "a document past the end": with_change("doc_idx", 2, 1000),
+    "another offset": with_change("sample_idx", (7, 1), 1),
+    "another place": with_change("sample_idx", (-1, 0), -1),
+    "float64 shuffle": lambda maps: {"shuffle_idx": maps["shuffle_idx"].astype(np.float64)},
+    "float64 documents": lambda maps: {"doc_idx": maps["doc_idx"].astype(np.float64)},
+    "int64 rows": lambda maps: {"sample_idx": maps["sample_idx"].astype(np.int64)},
+    "one row less": lambda maps: {"shuffle_idx": np.delete(maps["shuffle_idx"], maps["shuffle_idx"].argmax())},
+    "other axes": lambda maps: {"sample_idx": np.ascontiguousarray(maps["sample_idx"].T)},
+    "Fortran order": lambda maps: {"sample_idx": np.asfortranarray(maps["sample_idx"])},
+}
+
+
+@pytest.mark.parametrize("poison", POISON)
+def test_poisoned_cache_is_rebuilt(golden, poison, capsys):
+    """Maps that are wrong in themselves, although order.json describes them rightly."""
+    truth = arrays("edgeA_golden")
+    maps = {name: truth[f"s1234_ep2_{name}"] for name in MAPS}
+    Order(golden / "edgeA", 57, 64)
+    forge(cache_of(golden), **POISON[poison](maps))
+    again = Order(golden / "edgeA", 57, 64)
+    np.testing.assert_array_equal([again[i] for i in range(57)], truth["s1234_ep2_all_rows"])
+    assert "building the order again" in capsys.readouterr().err
+
+
+def forbid_checks(monkeypatch):
+    for name in ("check_maps", "describe"):
+        monkeypatch.setattr(order_module, name, lambda *_: pytest.fail("checked again"))
+
+
+def test_a_cache_is_checked_once(golden, monkeypatch):
+    Order(golden / "edgeA", 57, 64)
+    time.sleep(0.2)  # a stamp counts only for files that are older than it by a tick of the clock
+    Order(golden / "edgeA", 57, 64)
+    with monkeypatch.context() as patched:
+        forbid_checks(patched)
+        order = Order(golden / "edgeA", 57, 64)
+    np.testing.assert_array_equal([order[i] for i in range(57)], arrays("edgeA_golden")["s1234_ep2_all_rows"])
+
+
+@pytest.mark.parametrize("name", ["order.json", "doc_idx.npy", "sample_idx.npy", "shuffle_idx.npy", "checked.json"])
+def test_a_change_ends_the_trust(golden, monkeypatch, name):
+    """A file that is written again is checked again, also if its size and modification time are as before."""
+    Order(golden / "edgeA", 57, 64)
+    time.sleep(0.2)
+    Order(golden / "edgeA", 57, 64)
+    path = cache_of(golden) / name
+    status = path.stat()
+    path.write_bytes(path.read_bytes() if name != "checked.json" else b"[[1, 2], {}]")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    called = []
+    monkeypatch.setattr(order_module, "check_maps", lambda *_: called.append(1))
+    Order(golden / "edgeA", 57, 64)
+    assert called == [1]
+
+
+def test_a_cache_that_was_copied_here_is_checked(golden, monkeypatch):
+    """Its stamp is of other files. A stamp of another user does not count either."""
+    Order(golden / "edgeA", 57, 64)
+    time.sleep(0.2)
+    Order(golden / "edgeA", 57, 64)
+    cache = cache_of(golden)
+    called = []
+    monkeypatch.setattr(order_module, "check_maps", lambda *_: called.append(1))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "geteuid", lambda: cache.stat().st_uid + 4711)
+        if cache.stat().st_uid:  # everybody trusts the files of root
+            Order(golden / "edgeA", 57, 64)
+            assert called.pop()
+    subprocess.run(["cp", "-a", cache, golden / "copy"], check=True)
+    cache.rename(golden / "aside")
+    (golden / "copy").rename(cache)
+    Order(golden / "edgeA", 57, 64)
+    assert called == [1]
+
+
+@pytest.mark.parametrize("name", ["order.json", "doc_idx.npy", "checked.json"])
+def test_a_fifo_in_the_cache_is_refused(golden, name, capsys):
+    """Opening a FIFO would wait for ever."""
+    Order(golden / "edgeA", 57, 64)
+    path = cache_of(golden) / name
+    path.unlink()
+    os.mkfifo(path)
+    order = Order(golden / "edgeA", 57, 64)
+    np.testing.assert_array_equal([order[i] for i in range(57)], arrays("edgeA_golden")["s1234_ep2_all_rows"])
+    assert ("not a regular file" in capsys.readouterr().err) == (name != "checked.json")
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_a_map_that_shrinks_is_named(golden, name):
+    Order(golden / "edgeA", 57, 64)
+    order = Order(golden / "edgeA", 57, 64)
+    path = cache_of(golden) / f"{name}.npy"
+    os.truncate(path, 130)
+    with pytest.raises(UserError, match=rf"{name}.npy: byte \d+: the file ends here"):
+        batch(order, 0, 57)

@@ -1,5 +1,6 @@
 """Text -> tokens, compared with the tokenizer applied to each whole document; bad input; the demo corpus."""
 
+import gzip
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import struct
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
 import numpy as np
@@ -57,21 +59,26 @@ def documents_of(prefix):
 
 
 def write_inputs(directory, texts):
-    """Write the documents as one .jsonl, as one .jsonl.zst with two frames, and as one text file each."""
+    """Write the documents as one .jsonl, as .jsonl.zst and .ndjson.gz with two frames, and as one text file each."""
     lines = [json.dumps({"id": 1, "text": text}, ensure_ascii=i % 2 == 0) + "\n" for i, text in enumerate(texts)]
     (directory / "all.jsonl").write_bytes("".join(lines).encode())
     raw = "".join(lines).encode()
     frames = [zstandard.ZstdCompressor().compress(part) for part in (raw[: len(raw) // 3], raw[len(raw) // 3 :])]
     (directory / "all.jsonl.zst").write_bytes(b"".join(frames))
+    members = [gzip.compress(part) for part in (raw[: len(raw) // 3], raw[len(raw) // 3 :])]
+    (directory / "all.ndjson.gz").write_bytes(b"".join(members))
     files = []
     for i, text in enumerate(texts):
         files.append(directory / f"{i:04d}.txt")
         files[-1].write_bytes(text.encode())
-    return {"jsonl": [directory / "all.jsonl"], "zst": [directory / "all.jsonl.zst"], "txt": files}
+    return {"jsonl": [directory / "all.jsonl"], "zst": [directory / "all.jsonl.zst"], "txt": files} | {
+        "gz": [directory / "all.ndjson.gz"]
+    }
 
 
 def small_pieces(monkeypatch, chunk, group):
     monkeypatch.setattr(prepare, "CHUNK", chunk)
+    monkeypatch.setattr(prepare, "PACKED_CHUNK", chunk)
     monkeypatch.setattr(prepare, "GROUP", group)
     monkeypatch.setattr(prepare, "INDEX_BLOCK", 3)
 
@@ -140,11 +147,13 @@ def test_where_pieces_are_cut():
     assert list(prepare.pieces(("one two", " three"), False)) == [("one two three", True)]
 
 
-@pytest.mark.parametrize("source", ["jsonl", "zst", "txt"])
+@pytest.mark.parametrize("source", ["jsonl", "zst", "gz", "txt"])
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64, 1 << 17])
 def test_tokens_are_those_of_whole_documents(tmp_path, monkeypatch, merging_tokenizer, source, chunk):
     rng = np.random.default_rng(chunk)
     texts = [*ODD, "", *(random_text(rng, int(rng.integers(1, 400))) for _ in range(25)), ""]
+    if source == "txt":  # a text file with NUL bytes is refused
+        texts = [text.replace("\0", "") for text in texts]
     inputs = write_inputs(tmp_path, texts)[source]
     for tokenizer, path in ((byte_tokenizer(), None), (Tokenizer.from_file(str(merging_tokenizer)), merging_tokenizer)):
         small_pieces(monkeypatch, chunk, group=int(rng.integers(1, 300)))
@@ -236,8 +245,8 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
             source.write_text(content * (megabytes * 1_000_000 // len(content)))
             run = [sys.executable, "-c", code, str(source), str(tmp_path / f"{kind}{megabytes}")]
             peaks[kind, megabytes] = int(subprocess.run(run, cwd=REPO, capture_output=True, check=True).stdout)
-    assert peaks["txt", 8] < peaks["txt", 2] + 60
-    assert peaks["jsonl", 8] < peaks["jsonl", 2] + 60
+    assert peaks["txt", 8] < peaks["txt", 2] + 120
+    assert peaks["jsonl", 8] < peaks["jsonl", 2] + 120
 
 
 # --- Commands and bad input -----------------------------------------------------------------------------------------
@@ -287,9 +296,22 @@ BAD_INPUT = {  # name of the file: (its bytes, what the message says)
     "middle.txt": (("日" * 100_000).encode() + b"\xff" + b"x" * 100, "middle.txt: byte 300000 is not UTF-8"),
     "torn.txt": (b"abc" + "日".encode()[:2], "torn.txt: byte 3 is not UTF-8"),
     "surrogate.txt": (b"ab\xed\xa0\x80", "surrogate.txt: byte 2 is not UTF-8"),
+    "no_gz.jsonl.gz": (GOOD, "no_gz.jsonl.gz: damaged near byte"),
+    "short.jsonl.gz": (gzip.compress(GOOD)[:-9], "short.jsonl.gz: truncated"),
+    "flipped.txt.gz": (gzip.compress(GOOD)[:-8] + bytes(8), "flipped.txt.gz: damaged near byte"),
+    "tail.txt.gz": (gzip.compress(GOOD) + b"tail", "tail.txt.gz: damaged near byte"),
+    "wide.txt": ("some text".encode("utf-16"), "wide.txt: has NUL bytes"),
+    "nul": (b"abc\0", "nul: has NUL bytes"),
+    "a.json": (b'{"text": "good"}', "a.json: .json files are not read; convert it to .jsonl"),
+    "a.JSON": (b'{"text": "good"}', "a.JSON: .json files are not read"),
+    "a.csv.gz": (gzip.compress(b"a,b\n"), "a.csv.gz: .csv files are not read"),
+    "a.tar.zst": (PACKED, "a.tar.zst: .tar files are not read"),
+    "a.parquet": (b"PAR1", "a.parquet: .parquet files are not read"),
+    "a.gz": (gzip.compress(b"a"), "a.gz: the name does not say what is in it; rename it to .jsonl.gz or .txt.gz"),
     "empty.txt": (b"", "empty.txt: no text"),
     "empty.jsonl": (b'{"text": ""}\n', "empty.jsonl: no text"),
     "empty.jsonl.zst": (b"", "empty.jsonl.zst: no text"),
+    "empty.jsonl.gz": (b"", "empty.jsonl.gz: no text"),
 }
 
 
@@ -302,6 +324,136 @@ def test_bad_input(tmp_path, name):
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+BOM = b"\xef\xbb\xbf"
+PLAIN = {  # name of the file: its bytes; each has the document "one"
+    "a.txt": b"one",
+    "mark.txt": BOM + b"one",
+    "a.md": b"one",
+    "no_ending": b"one",
+    "a.TXT.GZ": gzip.compress(b"one"),
+    "a.txt.zst": zstandard.ZstdCompressor().compress(BOM + b"one"),
+    "a.txt.gz": gzip.compress(b"on") + gzip.compress(b"") + gzip.compress(b"e"),
+    "a.JSONL": b'{"text": "one"}',
+    "mark.jsonl": BOM + b'{"text": "one"}\n',
+    "mark.jsonl.gz": gzip.compress(BOM + b'{"text": "one"}\n'),
+    "a.ndjson": b'{"text": "one"}\n',
+    "a.Ndjson.Zst": zstandard.ZstdCompressor().compress(b'{"text": "one"}\n'),
+}
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 1 << 17])
+def test_formats(tmp_path, monkeypatch, chunk):
+    small_pieces(monkeypatch, chunk, 10)
+    for name, raw in PLAIN.items():
+        (tmp_path / name).write_bytes(raw)
+    prepare.prepare([tmp_path / name for name in PLAIN], tmp_path / "out")
+    assert documents_of(tmp_path / "out")[0] == [[*byte_tokenizer().encode("one").ids, 0]] * len(PLAIN)
+
+
+def test_only_the_mark_at_the_beginning_is_removed(tmp_path):
+    (tmp_path / "in.txt").write_bytes(BOM + BOM + b"a" + BOM)
+    prepare.prepare([tmp_path / "in.txt"], tmp_path / "out")
+    assert documents_of(tmp_path / "out")[0] == [[*byte_tokenizer().encode("\ufeffa\ufeff").ids, 0]]
+
+
+def test_long_lines_in_many_blocks(tmp_path):
+    text = os.urandom(500_000).hex()
+    (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": text}).encode()))
+    prepare.prepare([tmp_path / "in.jsonl.gz"], tmp_path / "out")
+    assert documents_of(tmp_path / "out")[0] == [[*byte_tokenizer().encode(text).ids, 0]]
+
+
+def test_skip_bad_and_text_key(tmp_path):
+    lines = [b'{"body": "one"}', b"{", b"", b'{"text": "x"}', b'{"body": "two"}', b'{"body": 3}']
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
+    line = ("prepare", "--input", "in.jsonl", "--out", "out")
+    assert_refused(run_data(tmp_path, *line, "--text-key", "body"), 'in.jsonl: line 2 is not {"body": "..."}')
+    run = run_data(tmp_path, *line, "--text-key", "body", "--skip-bad")
+    assert (run.returncode, run.stderr.count("\n")) == (0, 1)
+    assert "left out 3 bad lines; in.jsonl: line 2 is not" in run.stderr
+    assert documents_of(tmp_path / "out")[0] == [[*byte_tokenizer().encode(t).ids, 0] for t in ("one", "two")]
+    run = run_data(tmp_path, "prepare", "--input", "in.jsonl", "--out", "none", "--text-key", "z", "--skip-bad")
+    assert_refused(run, "in.jsonl: no text in there (5 bad lines; in.jsonl: line 1 is not")
+    assert not list(tmp_path.glob("*none*"))
+
+
+def test_stdin(tmp_path):
+    (tmp_path / "a.txt").write_text("file")
+    line = [sys.executable, REPO / "data.py", "prepare", "--input", "a.txt", "-", "--out", "out"]
+    raw = b'{"text": "one"}\n{"text": "two"}'
+    subprocess.run(line, cwd=tmp_path, input=raw, check=True, timeout=60)
+    assert documents_of(tmp_path / "out")[0] == [[*byte_tokenizer().encode(t).ids, 0] for t in ("file", "one", "two")]
+    closed = ["sh", "-c", 'exec "$@" <&-', "sh", *line[:-1], "closed"]
+    run = subprocess.run(closed, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert_refused(run, "-: stdin is closed")
+
+
+def test_unusable_paths_leave_nothing(tmp_path, monkeypatch):
+    """Root ignores permissions, so two errors are raised by a replaced call."""
+    monkeypatch.chdir(tmp_path)
+    Path("in.txt").write_text("words")
+    Path("bad.txt").write_bytes(b"\xff")
+    Path("dangling.idx").symlink_to("elsewhere")
+    for source, out, message in (
+        ("in.txt", "in.txt/out", "in.txt is not a directory"),
+        ("in.txt", "in.txt/a/out", "in.txt/a: Not a directory; nothing was written"),
+        ("in.txt", "a/" + "x" * 240, "File name too long; nothing was written"),
+        ("in.txt", "a/" + "x" * 300 + "/out", "File name too long; nothing was written"),
+        ("in.txt", "/proc/out", "/proc/out.idx: No such file or directory; nothing was written"),
+        ("in.txt", "dangling", "dangling.idx exists"),
+        ("bad.txt", "a/b/out", "bad.txt: byte 0"),
+        ("in.txt/x", "out", "in.txt/x: no such file"),
+        ("x" * 300, "out", "File name too long"),
+    ):
+        with pytest.raises(UserError) as error:
+            prepare.prepare([source], out)
+        assert message in str(error.value)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.txt", "dangling.idx", "in.txt"]
+
+    def refuse(number):
+        def stat(path, **_):
+            raise OSError(number, os.strerror(number), str(path))
+
+        return stat
+
+    for name, number, message in (
+        ("stat", 13, "in.txt: Permission denied"),
+        ("mkdir", 30, "a: Read-only file system; nothing was written"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, name, refuse(number))
+            with pytest.raises(UserError, match=message):
+                prepare.prepare(["in.txt"], "a/out")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.txt", "dangling.idx", "in.txt"]
+
+
+def test_input_that_fails_is_named(tmp_path, monkeypatch):
+    """/proc/self/mem cannot be read at its beginning: an error of read, which names no file."""
+    monkeypatch.chdir(tmp_path)
+    Path("in.txt").symlink_to("/proc/self/mem")
+    with pytest.raises(UserError, match=r"^in.txt: Input/output error; nothing was written"):
+        prepare.prepare(["in.txt"], "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
+
+
+def test_tokenizer_that_fails_to_encode(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"<|endoftext|>": 0}, unk_token="<unk>"))
+    tokenizer.save(str(tmp_path / "words.json"))
+    (tmp_path / "in.txt").write_text("words")
+    line = ("prepare", "--input", "in.txt", "--out", "out", "--tokenizer", "words.json")
+    assert_refused(run_data(tmp_path, *line), "words.json: not a tokenizer.json that works")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_names_are_printed_without_escapes(tmp_path):
+    (tmp_path / "a\x1b.jsonl").write_text('{"text": "one"}\n{')
+    run = run_data(tmp_path, "prepare", "--input", "a\x1b.jsonl", "--out", "b\x1b", "--skip-bad")
+    assert run.returncode == 0
+    assert "a\\x1b.jsonl: line 2" in run.stderr
+    assert "b\\x1b: 1 documents" in run.stdout
+    assert "\x1b" not in run.stdout + run.stderr
 
 
 def test_bytes_across_chunks(tmp_path, monkeypatch):
@@ -331,12 +483,12 @@ def test_prepare_refuses_in_one_line(tmp_path):
         (("good.txt", "directory", "--out", "out"), "directory is a directory"),
         (("good.txt", "bad.txt", "--out", "out"), "bad.txt: byte 0"),
         (("good.txt", "--out", "taken"), "taken.tokenizer.json exists"),
-        (("good.txt", "--out", "absent/out"), "absent is not a directory"),
+        (("good.txt", "--out", "directory/"), "give a prefix in it"),
         (("good.txt", "--out", "out", "--workers", "0"), "--workers 0"),
         (("good.txt", "--out", "out", "--tokenizer", "absent.json"), "absent.json: not a readable tokenizer"),
-        (("good.txt", "--out", "out", "--tokenizer", "broken.json"), "broken.json: not a readable tokenizer"),
-        (("good.txt", "--out", "out", "--tokenizer", "other.json"), "other.json: not a readable tokenizer"),
-        (("good.txt", "--out", "out", "--tokenizer", "bad.txt"), "bad.txt: not a readable tokenizer"),
+        (("good.txt", "--out", "out", "--tokenizer", "broken.json"), "broken.json: not a tokenizer.json that works"),
+        (("good.txt", "--out", "out", "--tokenizer", "other.json"), "other.json: not a tokenizer.json that works"),
+        (("good.txt", "--out", "out", "--tokenizer", "bad.txt"), "bad.txt: not a tokenizer.json that works"),
         (("good.txt", "--out", "out", "--tokenizer", "a.json"), "a.json: id 0 is 'a'"),
     ):
         assert_refused(run_data(tmp_path, "prepare", "--input", *arguments), message)
@@ -393,14 +545,19 @@ def test_only_zst_files_need_zstandard(tmp_path):
     assert "1 documents, 5 tokens" in run("in.jsonl").stdout
 
 
-def test_interrupt_leaves_nothing(tmp_path):
+@pytest.mark.parametrize("source", ["pipe", "-"])
+def test_interrupt_leaves_nothing(tmp_path, source):
     """Ctrl-C while `prepare` waits for more input from a pipe."""
     os.mkfifo(tmp_path / "pipe")
     line = [sys.executable, REPO / "data.py", "prepare", "--input", "pipe", "--out", "out"]
+    if source == "-":
+        line = ["sh", "-c", 'exec "$@" < pipe', "sh", *line[:-3], "-", *line[-2:]]
     run = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with open(tmp_path / "pipe", "wb") as pipe:  # returns when prepare has opened its end, in the middle of its work
-        assert len(list(tmp_path.glob(".out*"))) == 3
-        pipe.write(b"some text")
+        while len(list(tmp_path.glob(".out*"))) < 3:  # stdin is open before Python starts
+            assert run.poll() is None
+            time.sleep(0.05)
+        pipe.write(b'{"text": "some')
         pipe.flush()
         run.send_signal(signal.SIGINT)
         out, error = run.communicate(timeout=60)
@@ -426,7 +583,7 @@ def test_demo(tmp_path, monkeypatch, capsys):
     tokenizer, library = byte_tokenizer(), Path(sysconfig.get_paths()["stdlib"])
     sources = {path.read_bytes() for path in library.rglob("*.py")}
     for document in (0, rows.data.documents - 1):
-        ids = rows.data.read(rows.data.start(document), int(rows.data.sizes[document]))
+        ids = rows.data.read(rows.data.start(document), int(np.asarray(rows.data.sizes)[document]))
         assert ids[-1] == 0
         assert tokenizer.decode(ids[:-1].tolist(), skip_special_tokens=False).encode() in sources
 
@@ -440,3 +597,8 @@ def test_demo(tmp_path, monkeypatch, capsys):
     seen = run_data(tmp_path, "view", "--demo", "--step", "7", "--row", "3")
     assert seen.stdout.startswith("--- step 7, row 3 of 16 (row 115 of the order)")
     assert byte_tokenizer().decode(demo[115].tolist(), skip_special_tokens=False) in seen.stdout
+
+
+def test_the_directory_of_the_output_is_created(tmp_path):
+    (tmp_path / "in.txt").write_text("words")
+    assert prepare.prepare([tmp_path / "in.txt"], tmp_path / "a/b/out").documents == 1
