@@ -38,7 +38,8 @@ export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 # If nodes do not find each other, or use a slow network, set the interface of the fast one (see `ip address`):
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
-# The ranks connect to a port of the first node. Two jobs on one node must use different ports.
+# The ranks connect to a port of the first node. Two jobs on one node must use different ports. A fixed address and port
+# also keep torchrun from unpickling what others write into its store; see Security in docs/faults.md.
 read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 

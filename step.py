@@ -3,11 +3,13 @@
     trainer.forward_backward(tokens)     every micro-batch; gradients are accumulated in float32
     trainer.update(lr)                   gradient norm, clipping, AdamW
 
-The host only queues work for the device and never waits in here. The device itself decides how much to clip, and skips
-the update if a gradient is not finite. The caller waits once a step, when it reads loss and grad_norm.
+The host only queues work for the device and never waits in here (in a step of many seconds it does, so that one can
+stop it). The device itself decides how much to clip, and skips the update if a gradient is not finite. The caller waits
+once a step, when it reads loss and grad_norm.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -92,9 +94,17 @@ class Step:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=dist.device)
         self.weight = torch.ones((), device=dist.device)  # of one micro-batch in the loss of the step
         self.timer = StepTimer(dist.device)
+        self.ends: deque[torch.cuda.Event] = deque()  # of the last two micro-steps, in long steps on a GPU
 
-    def forward_backward(self, tokens: Tensor, loss_scale: float = 1.0) -> None:
-        """Accumulate loss and gradients (times loss_scale) of tokens [micro_steps, micro_batch, seq_len + 1]."""
+    def forward_backward(
+        self, tokens: Tensor, loss_scale: float = 1.0, go_on: Callable[[int, int], bool] | None = None
+    ) -> bool:
+        """Accumulate loss and gradients (times loss_scale) of tokens [micro_steps, micro_batch, seq_len + 1].
+
+        go_on(micro-steps done, micro-steps) is called between two micro-steps of a long step; all ranks must get the
+        same answer. False drops the step: weights and moments are as before it, no other step may follow, and the
+        result is False. Otherwise the result is True.
+        """
         self.micro_steps, self.loss_scale = len(tokens) * self.dist.world_size, loss_scale
         self.weight.fill_(loss_scale / self.micro_steps)
         self.loss_sum.zero_()
@@ -102,8 +112,14 @@ class Step:
         with self.cast_weights:
             for i, micro_batch in enumerate(tokens, start=1):
                 (self.graph or self._micro_step)(micro_batch, last=i == len(tokens))
+                if go_on and i < len(tokens):
+                    self._limit_lead()
+                    if not go_on(i, len(tokens)):
+                        self._drop()
+                        return False
         if self.graph:
             self.timer.lap()
+        return True
 
     def _micro_step(self, tokens: Tensor, last: bool) -> None:
         """tokens [micro_batch, seq_len + 1]."""
@@ -114,6 +130,20 @@ class Step:
         loss.backward(self.weight)
         self.gradients.accumulate(last)
         self.loss_sum += loss.detach()
+
+    def _limit_lead(self) -> None:
+        """Let the host queue at most two micro-steps ahead of a GPU: these cannot be taken back, and they are enough to
+        keep the GPU busy."""
+        if self.dist.device.type == "cuda":
+            self.ends.append(torch.cuda.Event())
+            self.ends[-1].record()
+            if len(self.ends) > 2:
+                self.ends.popleft().synchronize()
+
+    def _drop(self) -> None:
+        """Forget the gradients of an unfinished step. (FSDP2 may hold more of them, so no other step may follow.)"""
+        self.gradients.sums.clear()
+        self.optimizer.zero_grad(set_to_none=self.graph is None)
 
     def update(self, lr: float) -> Tensor:
         """Clip the global gradient norm to 1 and update the weights, unless loss or norm is not finite.

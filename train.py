@@ -1,8 +1,4 @@
-"""Train a Pythia from nothing: settings, set-up, and the loop.
-
-    torchrun train.py --size 14m --demo                 two minutes on a laptop: real text, real checkpoints
-    torchrun train.py --size 1.4b --data PREFIX         the published run: 143,000 steps of 1024 rows of 2048 tokens
-    torchrun --nproc-per-node 8 train.py ...            the same run on eight GPUs
+"""Train a Pythia from nothing: set-up, and the loop. The flags are in settings.py.
 
 Step t trains on batch(t): rows [1024 t, 1024 (t + 1)) of the shuffled order. So a run is a function of (size, data,
 seed), and resuming means starting at t. Checkpoint stepN has made N steps. Record t of metrics.jsonl has the loss of
@@ -11,11 +7,16 @@ checkpoint stepT on batch(t), and `python data.py view --step t` shows that batc
 
 import math
 import os
+import signal
 import sys
 import time
-from argparse import RawDescriptionHelpFormatter
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports, which take seconds, prints no traceback
+
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,127 +25,36 @@ import torch
 
 import data
 from checkpoints.manifest import clean_up, steps_with_state
-from checkpoints.resume import latest_valid_step, restore
+from checkpoints.resume import latest_valid_step, recover_record, restore
 from checkpoints.save import Saver
-from corpus.loader import Batch, Loader, digest
-from data import DEFAULTS
-from kernels import backend
+from corpus.loader import Batch, Loader, digest, row_digests
 from model import SIZES, Config, Pythia
 from model.huggingface import Export, read_config, read_weights
 from model.sizes import is_published_step
-from parallel.fsdp import SHARD, init_weights, local, local_rows, shard_weights
+from parallel.fsdp import init_weights, local, local_rows, shard_weights
 from parallel.gradients import Gradients
-from parallel.recompute import RECOMPUTE, set_recompute
-from plan.memory import Job, choose_shard
-from plan.report import parse_machine, report
-from plan.time import peak_flops
-from runtime.errors import Parser, UserError, run_command
-from runtime.host import StopSignal, reuse_freed_memory, supports_bf16_matmul
-from runtime.metrics import LOGGERS, Metrics, profiler
-from runtime.ranks import Dist, end_dist, init_dist
-from runtime.run_directory import check_same_run, flag, lock, record_start, refuse_other_directory
+from parallel.recompute import set_recompute
+from plan.memory import choose_shard
+from plan.time import decide, known_gpu, peak_flops
+from runtime.errors import UserError, run_command
+from runtime.host import StopSignal, reuse_freed_memory
+from runtime.metrics import Metrics, OldRecords, profiler, read_records
+from runtime.ranks import Dist, end_dist, init_dist, lost_contact
+from runtime.run_directory import (
+    check_same_run,
+    lock,
+    read_run,
+    record_start,
+    recorded_settings,
+    recover_run_file,
+    refuse_other_directory,
+)
 from runtime.watchdog import Watchdog
+from settings import DTYPES, FIXED, Settings, extra_steps, make_job, parse, plan_text, precision_text
 from step import LossScaler, Step, learning_rate, make_optimizer
 
+LONG_STEP = 5.0  # seconds; a longer step shows its progress, and Ctrl-C drops it
 EXIT_RETRY = 75  # EX_TEMPFAIL of BSD's sysexits.h: "temporary failure, try again"
-DEMO = {**data.DEMO, "lr": 3e-3}  # sixty steps are too few for the published rate
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-# ---- settings --------------------------------------------------------------------------------------------------------
-
-
-def setting(default, help: str, fixed: bool = True, **options):
-    """A field that is also a flag. fixed=False: the value may change on resume; it affects rounding at most."""
-    return field(default=default, metadata={"help": help, "fixed": fixed, "options": options})
-
-
-@dataclass
-class Settings:
-    """Every setting of a run. The command line and run.json are made from this class."""
-
-    size: str = setting("", "which Pythia", choices=list(SIZES), required=True)
-    data: str = setting(DEFAULTS["data"], "PREFIX of a .bin/.idx, directory of pre-shuffled rows, or `demo`", False)
-    out: str = setting("", "run directory (default: runs/pythia-SIZE)", False)
-    demo: bool = setting(False, "a run of about two minutes on a laptop: demo data, few steps, small batch", False)
-    plan: bool = setting(False, "print parameters, FLOPs, memory and expected days, then exit", False)
-    plan_for: str = setting("", "with --plan: the machine, for example 16xA100-40GB (default: 8xH100)", False)
-    seed: int = setting(DEFAULTS["seed"], "seed of the initial weights and of the data order")
-    init_from: str = setting("", "start from the weights of this Hugging Face directory instead of random weights")
-    steps: int = setting(DEFAULTS["steps"], "optimizer steps; the learning-rate schedule spans them")
-    stop_at: int = setting(0, "pause after this many steps and save a checkpoint", False)
-    batch_size: int = setting(DEFAULTS["batch_size"], "rows of one optimizer step, over all ranks")
-    micro_batch: int = setting(0, "rows of one forward and backward pass on one rank (default: at most 8)", False)
-    seq_len: int = setting(DEFAULTS["seq_len"], "tokens of a row")
-    lr: float = setting(0.0, "peak learning rate (default: the published rate of the size)")
-    schedule: str = setting(
-        "published", "cosine: of GPT-NeoX v1.0, or of the textbook", choices=["published", "cosine"]
-    )
-    precision: str = setting(
-        "",
-        "dtype of matmuls (default: bf16 on GPUs, and for --demo on CPUs that have it, else fp32)",
-        choices=list(DTYPES),
-    )
-    shard: str = setting(
-        "auto", "what ranks divide: all, all within a node, gradients and moments, or nothing", False, choices=SHARD
-    )
-    bitwise: bool = setting(False, "the same bits on 1, 2, 4, 8 ... ranks; costs more traffic between ranks")
-    recompute: str = setting("none", "activations to recompute in backward, to save memory", False, choices=RECOMPUTE)
-    compile: bool = setting(False, "torch.compile every block")
-    kernels: str = setting("auto", "hot paths: Triton, torch, auto (Triton on GPUs)", False, choices=backend.KERNELS)
-    gelu: str = setting("tanh", "GELU of training: tanh as published, or none: exact erf", choices=["tanh", "none"])
-    keep_state: int = setting(2, "how many of the newest checkpoints keep the state that resuming needs", False)
-    timeout: float = setting(1800.0, "seconds without progress until a hanging rank is named and the run ends", False)
-    profile: int = setting(0, "write a torch trace of this many steps, of every rank, to RUN/profile", False)
-    log: str = setting("", "also log to tensorboard, wandb, or both (tensorboard,wandb)", False)
-
-
-def parse(arguments: list[str]) -> Settings:
-    """The settings of a command line with every default resolved. Raises UserError for settings that cannot work."""
-    description = "\n\n".join(__doc__.split("\n\n")[:2])
-    parser = Parser("train.py", description=description, formatter_class=RawDescriptionHelpFormatter)
-    parser.epilog = "The same command again resumes a run."
-    for f in fields(Settings):
-        options = {"help": f.metadata["help"], "default": f.default, **f.metadata["options"]}
-        options |= {"action": "store_true"} if f.type is bool else {"type": f.type}
-        if f.default and "default" not in options["help"]:
-            options["help"] += " (default: %(default)s)"
-        if f.type is not bool and "choices" not in options:
-            options["metavar"] = {int: "N", float: "X", str: "NAME"}[f.type]
-        parser.add_argument(flag(f.name), **options)
-    if "--demo" in arguments:
-        parser.set_defaults(**DEMO)
-    s = Settings(**vars(parser.parse_args(arguments)))
-
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    s.out = s.out or f"runs/pythia-{s.size}"
-    s.lr = s.lr or SIZES[s.size].lr
-    bf16 = s.plan or torch.cuda.is_available() or (s.demo and supports_bf16_matmul())
-    s.precision = s.precision or ("bf16" if bf16 else "fp32")
-    rank_rows = s.batch_size // (8 if s.bitwise else world_size)  # bitwise: the same micro-batches on 1 to 8 ranks
-    s.micro_batch = s.micro_batch or math.gcd(8, max(rank_rows, 1))
-    check(s, world_size)
-    return s
-
-
-def check(s: Settings, world_size: int) -> None:
-    """Raise UserError for settings that cannot work, and choose the kernels."""
-    for name in ("steps", "batch_size", "micro_batch", "seq_len", "keep_state", "lr", "timeout"):
-        if not getattr(s, name) > 0:
-            raise UserError(f"{flag(name)} must be positive, not {getattr(s, name)}")
-    if s.profile < 0:
-        raise UserError(f"--profile must be a number of steps, not {s.profile}")
-    if s.bitwise and s.shard in ("none", "hybrid"):
-        raise UserError(f"--bitwise divides weights among all ranks: use --shard auto, grad or full, not {s.shard}")
-    if not 0 <= s.stop_at <= s.steps:
-        raise UserError(f"--stop-at {s.stop_at} lies outside the {s.steps} steps of the run")
-    if unknown := set(filter(None, s.log.split(","))) - set(LOGGERS):
-        raise UserError(f"--log knows {' and '.join(LOGGERS)}, not {', '.join(sorted(unknown))}")
-    data.row_numbers(0, s.batch_size, s.micro_batch, 0, world_size)  # raises if the batch does not divide
-    try:
-        backend.choose("auto" if s.plan else s.kernels)  # a plan may be for another machine
-    except ValueError as error:
-        raise UserError(f"--kernels {s.kernels}: {error}") from None
-
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
@@ -154,44 +64,58 @@ def train(s: Settings) -> None:
     dist, finished = init_dist(s.bitwise), False
     try:
         with ExitStack() as stack:
-            status = run(s, dist, stack)
+            status = run(fit_gpus(s, dist), dist, stack)
         finished = True
-    except UserError as error:
-        if not dist.claim_error_report(str(error)):
+    except Exception as error:
+        if not (message := one_line(error)):
+            raise
+        if not dist.claim_error_report(message):
             raise SystemExit(1) from None
-        raise
+        raise UserError(message) from None
     finally:
         end_dist(dist, together=finished)
     if status:
         raise SystemExit(status)
 
 
+def one_line(error: Exception) -> str:
+    """What to tell the user about an error of a disk or of another rank, or "" for a fault of the program."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):  # run_command knows what to do about that
+        return f"{error.filename or 'a file'}: {error.strerror or error}; the same command resumes"
+    if reason := lost_contact(error):  # during set-up; later the watchdog finds out which rank it is
+        return f"lost contact with another rank ({reason}); the same command resumes"
+    return ""
+
+
 def run(s: Settings, dist: Dist, stack: ExitStack) -> int:
     """Train, from the newest checkpoint if there is one. Returns the exit status; `stack` closes what the run opens."""
     run_dir, rows = Path(s.out), open_rows(s, dist)
-    fingerprint = claim_run_directory(run_dir, s, rows, dist, stack)
+    fingerprint, check_lock = claim_run_directory(run_dir, s, rows, dist, stack)
     saved = latest_valid_step(run_dir, dist)  # None: no checkpoint yet
     start, stop = saved or 0, s.stop_at or s.steps
     if start >= stop:
-        done = f"is finished: it has made all {s.steps} steps" if start == s.steps else f"is at step {start}"
-        dist.print(f"{run_dir} {done}")
+        announce_end(s, run_dir, start, dist)
         return 0
     read = partial(read_batch, s, rows, dist)
-    read(start)  # reports a token outside the vocabulary before anything is written
+    old = check_old_records(run_dir, start, read, dist)  # before anything is written
 
     trainer, updates, scaler = build(s, dist, run_dir, saved)
-    dist.run_on_main(partial(record_start, run_dir, asdict(s), fingerprint, start, dist))
-    dist.print(
-        f"{run_dir}: {SIZES[s.size].parameters:,} parameters on {dist.world_size} x {dist.device.type}, {s.precision}; "
-        f"step {start} to {stop} of {s.steps}, each {s.batch_size} rows of {s.seq_len} tokens"
-    )
+    record = announce_start(s, run_dir, fingerprint, check_lock, start, stop, dist)
     stop_signal, watchdog = StopSignal(), stack.enter_context(Watchdog(dist, s.timeout))
-    log = StepLog(s, run_dir, start, dist, stack)
-    saver = open_saver(s, run_dir, trainer, watchdog, stack)
-    if saved is None:
-        saver.save(0, {"updates": 0, "scaler": scaler and vars(scaler)})
-    loader = stack.enter_context(Loader(read, start, stop, dist.device))
+    log = StepLog(s, old, start, dist, stack)
+    saver = open_saver(s, run_dir, trainer, watchdog, record, [check_lock, log.check], stack)
 
+    def save(step: int) -> None:
+        watchdog.heartbeat(step, "saving")
+        saver.save(step, {"updates": updates, "scaler": scaler and vars(scaler)})
+
+    if saved is None:
+        save(0)
+    loader, extra = stack.enter_context(Loader(read, start, stop, dist.device)), extra_steps(s)
+
+    made = saved = start  # finished steps, and how many of them the newest checkpoint has
     for step in range(start, stop):
         # ---- one training step ---------------------------------------------------------------
         watchdog.heartbeat(step, "reading rows")
@@ -200,12 +124,15 @@ def run(s: Settings, dist: Dist, stack: ExitStack) -> int:
         data_seconds = time.perf_counter() - began
         watchdog.heartbeat(step, "forward and backward")
         loss_scale = scaler.scale if scaler else 1.0
-        trainer.forward_backward(batch.tokens, loss_scale)
+        between = inside_long_step(step, stop_signal, watchdog, log) if log.steps_are_long else None
+        if not trainer.forward_backward(batch.tokens, loss_scale, between):
+            break  # told to stop inside a long step, which is dropped
         watchdog.heartbeat(step, "exchanging gradients, updating weights")
         lr = learning_rate(updates, s.steps, s.lr, s.schedule)
         saver.wait_for_snapshot()  # weights must not change while they are copied
         loss, grad_norm = trainer.update(lr).tolist()  # the only host sync of the step
         updates += not overflowed(s, step, loss, grad_norm, scaler, saver)
+        made = step + 1
 
         # ---- everything below is logging and saving -------------------------------------------
         seconds = time.perf_counter() - began
@@ -213,19 +140,51 @@ def run(s: Settings, dist: Dist, stack: ExitStack) -> int:
         stopping, save_failed = log.record(step, batch, own, seconds, loss_scale, loss=loss, lr=lr, grad_norm=grad_norm)
         if save_failed:
             saver.finish()  # raises the error
-        if is_published_step(step + 1, stop) or stopping:
-            watchdog.heartbeat(step, "saving")
-            saver.save(step + 1, {"updates": updates, "scaler": scaler and vars(scaler)})
+        if is_published_step(made, stop) or made in extra:
+            save(saved := made)
         if stopping:
             break
+    if saved < made:  # told to stop between two checkpoints
+        save(made)
     saver.finish()
-    announce_end(s, run_dir, step + 1, dist)
-    # If only another node was told to stop, torchrun restarts without that node, as after a failure.
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-    return EXIT_RETRY if stopping and not stop_signal.requested and restarts else 0
+    announce_end(s, run_dir, made, dist)
+    return exit_status(made < stop and not stop_signal.requested)
 
 
 # ---- set-up, in the order of run() -----------------------------------------------------------------------------------
+
+
+def fit_gpus(s: Settings, dist: Dist) -> Settings:
+    """On GPUs: decide --shard, --recompute and --micro-batch where the settings leave them open, as --plan suggests.
+
+    All ranks take the decision of the main rank, for the smallest GPU of all. A run keeps the micro-batch that run.json
+    has, even on other GPUs: see plan.time.decide. Raises UserError if it does not fit.
+    """
+    if dist.device.type == "cpu":
+        return s
+    gpu, gpu_memory = smallest_gpu(dist)
+    job = make_job(s, dist.world_size, dist.local_world_size)
+
+    def choose() -> str:
+        recorded = recorded_settings(Path(s.out)).get("micro_batch")
+        recorded = recorded if isinstance(recorded, int) and recorded > 0 else 0
+        if s.bitwise and recorded and not s.micro_batch:
+            data.row_numbers(0, s.batch_size, recorded, 0, dist.world_size)  # raises if it does not divide
+        divides = s.batch_size % (dist.world_size * max(recorded, 1)) == 0
+        chosen, note = decide(job, recorded if divides else 0, gpu, gpu_memory)
+        if note or chosen.flags != job.flags:
+            dist.print(f"warning: {note}" if note else f"this run takes {chosen.flags}")
+        return f"{chosen.shard} {chosen.recompute} {chosen.micro_batch}"
+
+    shard, recompute, micro_batch = dist.all_gather_str(dist.run_on_main(choose) or "")[0].split()
+    return replace(s, shard=shard, recompute=recompute, micro_batch=int(micro_batch))
+
+
+def smallest_gpu(dist: Dist) -> tuple[str, float]:
+    """The key of plan.time.GPUS for the GPU of this rank, and the bytes of memory of the smallest GPU of all ranks."""
+    device = torch.cuda.get_device_properties(dist.device)
+    gpu, memory = known_gpu(device.name, device.total_memory)
+    return gpu, -dist.all_reduce_max(torch.tensor(-memory, dtype=torch.float64)).item()
 
 
 def open_rows(s: Settings, dist: Dist) -> data.Rows:
@@ -239,22 +198,47 @@ def open_rows(s: Settings, dist: Dist) -> data.Rows:
     return rows
 
 
-def claim_run_directory(run_dir: Path, s: Settings, rows: data.Rows, dist: Dist, stack: ExitStack) -> dict:
-    """Lock the run directory and remove what a killed save left there. Returns the fingerprint of the data.
+def claim_run_directory(
+    run_dir: Path, s: Settings, rows: data.Rows, dist: Dist, stack: ExitStack
+) -> tuple[dict, Callable[[], None]]:
+    """Lock the run directory and remove what a killed save left there. Returns the fingerprint of the data, and a
+    function that raises UserError if the directory is no longer the locked one.
 
     Raises UserError if the directory holds something else: another run, the same run on other data, or no run.
     """
     fingerprint = data.fingerprint(rows)
-    fixed = {f.name for f in fields(Settings) if f.metadata["fixed"] or (s.bitwise and f.name == "micro_batch")}
+    fixed = FIXED | ({"micro_batch"} if s.bitwise else set())
 
-    def claim() -> None:
-        refuse_other_directory(run_dir)
-        stack.enter_context(lock(run_dir))
-        check_same_run(run_dir, {name: value for name, value in asdict(s).items() if name in fixed}, fingerprint)
+    def claim() -> Callable[[], None]:
+        refuse_other_directory(run_dir, recover_record)
+        check_lock = stack.enter_context(lock(run_dir))
+        recover_run_file(run_dir, recover_record)
+        settings = {name: value for name, value in asdict(s).items() if name in fixed}
+        check_same_run(run_dir, settings, lambda stored: data.fingerprint_differences(stored, fingerprint))
         clean_up(run_dir)
+        return check_lock
 
-    dist.run_on_main(claim)
-    return fingerprint
+    return fingerprint, dist.run_on_main(claim) or (lambda: None)
+
+
+def check_old_records(run_dir: Path, start: int, read: Callable[[int], np.ndarray], dist: Dist) -> OldRecords | None:
+    """The old records of metrics.jsonl, on the main rank. Their hashes show whether the data is still that of the run.
+
+    Raises UserError if records are missing or damaged, if the batch of the last step or of the next one is not the one
+    that the run had before, or if the next batch has a token outside the vocabulary. Nothing is written.
+    """
+
+    def read_old() -> OldRecords:
+        starts = [entry["step"] for entry in read_run(run_dir)["starts"]] if start else []
+        return read_records(run_dir / "metrics.jsonl", start, starts)
+
+    old = dist.run_on_main(read_old)
+    for step in range(max(start - 1, 0), start + 1):
+        digests = dist.all_gather(torch.from_numpy(row_digests(read(step))))
+        dist.run_on_main(lambda: old.check_batch(step, digest(digests.transpose(0, 1).numpy())))  # noqa: B023
+    if old and old.note:
+        dist.print(old.note)
+    return old
 
 
 def read_batch(s: Settings, rows: data.Rows, dist: Dist, step: int) -> np.ndarray:
@@ -266,7 +250,7 @@ def read_batch(s: Settings, rows: data.Rows, dist: Dist, step: int) -> np.ndarra
 
 def build(s: Settings, dist: Dist, run_dir: Path, saved: int | None) -> tuple[Step, int, LossScaler | None]:
     """The training step, the number of successful updates and the loss scaler, as checkpoint `saved` has them."""
-    model, gradients = initial_model(s, dist)
+    model, gradients = initial_model(s, dist, restored=saved is not None)
     set_recompute(model, s.recompute)
     if s.compile:
         for block in model.blocks:
@@ -275,19 +259,34 @@ def build(s: Settings, dist: Dist, run_dir: Path, saved: int | None) -> tuple[St
     updates, scaler = 0, LossScaler() if s.precision == "fp16" else None
     if saved is not None:
         counters = restore(run_dir / f"step{saved}", model, optimizer, dist, verified=True)
-        updates = counters["updates"]
-        if scaler:
-            vars(scaler).update(counters["scaler"])
+        updates = take_counters(counters, scaler, run_dir / f"step{saved}")
     return Step(model, gradients, optimizer, dist), updates, scaler
 
 
-def initial_model(s: Settings, dist: Dist) -> tuple[Pythia, Gradients]:
+def take_counters(counters: dict, scaler: LossScaler | None, checkpoint: Path) -> int:
+    """The number of successful updates. The scaler gets its state. Raises UserError if the counters are others."""
+    updates, stored = counters.get("updates"), counters.get("scaler")
+    valid = type(updates) is int and 0 <= updates <= 2**24
+    if valid and scaler:
+        types = {name: type(value) for name, value in vars(scaler).items()}
+        valid = isinstance(stored, dict) and {name: type(value) for name, value in stored.items()} == types
+        valid = (
+            valid and all(0 <= value < 2**64 for value in stored.values()) and stored["scale"] * stored["window"] >= 1
+        )
+        vars(scaler).update(stored if valid else {})
+    if not valid:
+        raise UserError(f"{checkpoint} does not hold the counters of such a run: remove it to resume from an older one")
+    return updates
+
+
+def initial_model(s: Settings, dist: Dist, restored: bool) -> tuple[Pythia, Gradients]:
     """The sharded model before its first step: with random weights as published, or with those of --init-from.
 
+    restored: a checkpoint replaces all weights afterwards, so none are drawn, and --init-from is not read.
     It is built on the meta device, so that no rank ever holds more than its shard.
     """
-    config = replace(SIZES[s.size], gelu=s.gelu)
-    if s.init_from:
+    config = replace(SIZES[s.size], gelu=s.gelu, seq_len=s.seq_len)
+    if s.init_from and not restored:
         stored = read_config(s.init_from)
         for name in ("layers", "hidden", "heads", "vocab", "ffn", "rotary_dim", "parallel"):
             if getattr(stored, name) != getattr(config, name):
@@ -298,45 +297,69 @@ def initial_model(s: Settings, dist: Dist) -> tuple[Pythia, Gradients]:
     shard, whole_gradients = choose_sharding(s, config, dist)
     shard_weights(model, shard, dist, model.compute_dtype)
     model.to_empty(device=dist.device)
-    if s.init_from:
+    if s.init_from and not restored:
         parameters = dict(model.named_parameters())
         with torch.no_grad():
             for name, weight in read_weights(s.init_from, model):
                 local(parameters[name]).copy_(weight[local_rows(parameters[name])])
-    else:
+    elif not restored:
         init_weights(model, s.seed)
     return model, Gradients(model, dist, shard, whole_gradients, s.bitwise)
 
 
 def choose_sharding(s: Settings, config: Config, dist: Dist) -> tuple[str, bool]:
-    """What --shard auto means here, and whether a rank has the memory to accumulate the gradients of all weights.
+    """What --shard means here, and whether a rank has the memory to accumulate the gradients of all weights.
 
-    On GPUs: the least traffic that fits. On CPUs, which are for trying things out: as little sharding as possible.
+    On CPUs, which are for trying things out, --shard auto is as little sharding as possible. On GPUs see fit_gpus.
     """
-    choices = ("grad", "full") if s.bitwise else ()
-    choices = choices if s.shard == "auto" else (s.shard,)
     if dist.device.type == "cpu":
-        return (*choices, "none")[0], True
-    memory = torch.tensor(-torch.cuda.get_device_properties(dist.device).total_memory, device=dist.device)
-    smallest = -dist.all_reduce_max(memory).item()  # all ranks must choose alike
-    job = Job(config, s.batch_size, s.micro_batch, s.seq_len, s.precision, s.recompute)
-    job = replace(job, world_size=dist.world_size, local_world_size=dist.local_world_size)
-    chosen = choose_shard(job, smallest, choices)
+        return s.shard if s.shard != "auto" else "grad" if s.bitwise else "none", True
+    _, gpu_memory = smallest_gpu(dist)
+    chosen = choose_shard(make_job(s, dist.world_size, dist.local_world_size), gpu_memory, (s.shard,))
     return chosen.shard, chosen.whole_gradients
 
 
-def open_saver(s: Settings, run_dir: Path, trainer: Step, watchdog: Watchdog, stack: ExitStack) -> Saver:
+def open_saver(
+    s: Settings, run_dir: Path, trainer: Step, watchdog: Watchdog, record: dict | None, checks: list, stack: ExitStack
+) -> Saver:
     """The writer of checkpoints. Weights are saved in the dtype of the training, but in float32 if that is bf16 on a
-    CPU: there others compute in float32, and bf16 weights would change their logits."""
+    CPU: there others compute in float32, and bf16 weights would change their logits.
+
+    record: the content of run.json, on the main rank. Manifests get what decides the weights and nothing else, so that
+    equal runs in two directories have equal files. checks: called there before a checkpoint gets its name.
+    """
     model, dist = trainer.model, trainer.dist
     dtype = torch.float32 if (dist.device.type, s.precision) == ("cpu", "bf16") else model.compute_dtype
     export = Export(dtype, tokenizer=data.find_tokenizer(s.data))
-    saver = Saver(run_dir, model, trainer.optimizer, dist, export, s.keep_state, watchdog.heartbeat)
+    options = {"keep_state": s.keep_state, "heartbeat": watchdog.heartbeat}
+    if record:
+        kept = {name: value for name, value in record["settings"].items() if name in FIXED | {"data", "micro_batch"}}
+        data_without_times = {name: value for name, value in record["data"].items() if name != "modified_ns"}
+        options["record"] = {"settings": kept, "data": data_without_times}
+    options["check"] = lambda: [check() for check in checks]
+    saver = Saver(run_dir, model, trainer.optimizer, dist, export, **options)
     stack.callback(saver.wait)
     return saver
 
 
 # ---- in the loop -----------------------------------------------------------------------------------------------------
+
+
+def inside_long_step(
+    step: int, stop_signal: StopSignal, watchdog: Watchdog, log: "StepLog"
+) -> Callable[[int, int], bool]:
+    """What to do between the micro-steps of a long step: show progress, and find out whether a rank was told to stop.
+
+    The function returns False on all ranks if so.
+    """
+
+    def go_on(done: int, micro_steps: int) -> bool:
+        watchdog.heartbeat(step, f"micro-step {done + 1} of {micro_steps}")
+        if log.metrics:
+            log.metrics.show_progress(step, done, micro_steps)
+        return not log.dist.all_reduce_max(torch.tensor(int(stop_signal.requested)))  # on the CPU: no GPU is waited for
+
+    return go_on
 
 
 def overflowed(s: Settings, step: int, loss: float, grad_norm: float, scaler: LossScaler | None, saver: Saver) -> bool:
@@ -347,10 +370,10 @@ def overflowed(s: Settings, step: int, loss: float, grad_norm: float, scaler: Lo
     overflow = scaler is not None and not math.isfinite(grad_norm)
     if not overflow and not math.isfinite(loss + grad_norm):
         saver.finish()
-        first, last_good = step * s.batch_size, steps_with_state(saver.run)[-1]
+        first = step * s.batch_size
         raise UserError(
             f"step {step}, rows {first} to {first + s.batch_size - 1}: loss {loss}, gradient norm {grad_norm}; "
-            f"stopped before the update, the last good checkpoint is {saver.run}/step{last_good}"
+            f"stopped before the update: {suspects(step, loss, saver.run)}"
         )
     if scaler:
         scaler.update(overflow)
@@ -359,27 +382,46 @@ def overflowed(s: Settings, step: int, loss: float, grad_norm: float, scaler: Lo
     return overflow
 
 
+def suspects(step: int, loss: float, run_dir: Path) -> str:
+    """What is bad if the loss or the gradient of a step is not finite, and which of the newest checkpoints is not."""
+    newest = [n for n in steps_with_state(run_dir) if n <= step][:-3:-1]
+    checked = [f"{run_dir}/step{n}" for n in newest if n < step or math.isfinite(loss)]
+    known = f"; with {' and with '.join(checked)} the loss was finite" if checked else ""
+    if math.isfinite(loss):
+        return "its gradient is bad, or these rows are" + known
+    here = f" (checkpoint {run_dir}/step{step})" if step in newest else ""
+    return f"the weights after {step} steps{here} are bad, or these rows are" + known
+
+
 class StepLog:
     """Gathers what the ranks measured in a step. The main rank writes it to RUN/metrics.jsonl and to the loggers."""
 
-    def __init__(self, s: Settings, run_dir: Path, start: int, dist: Dist, stack: ExitStack):
-        self.dist, self.tokens_per_step = dist, s.batch_size * s.seq_len
+    def __init__(self, s: Settings, old: OldRecords | None, start: int, dist: Dist, stack: ExitStack):
+        self.dist, self.old, self.tokens_per_step = dist, old, s.batch_size * s.seq_len
         self.flops_per_token, self.peak = SIZES[s.size].flops_per_token(s.seq_len), peak_flops(dist.device)
         loggers = list(filter(None, s.log.split(",")))
-        metrics = partial(Metrics, run_dir, start, s.steps, loggers, asdict(s))
+        metrics = partial(Metrics, old, start, s.steps, loggers, asdict(s))
         self.metrics = dist.run_on_main(lambda: stack.enter_context(metrics()))
-        self.profile_step = stack.enter_context(profiler(run_dir, start, s.profile, dist.rank))
+        self.profile_step = stack.enter_context(profiler(Path(s.out), start, s.profile, dist.rank))
+        self.failure: UserError | None = None  # why a record could not be written
+        self.steps_are_long = True  # nothing is known of the first step
 
     def record(self, step: int, batch: Batch, own: tuple, seconds: float, loss_scale: float, **values: float) -> tuple:
         """Record a step. `own` is this rank's (stop requested, save failed, data seconds, compute seconds).
 
-        Returns (whether any rank was told to stop, whether any rank failed to save).
+        Returns (whether any rank was told to stop, whether any rank failed to save). If the record of an earlier step
+        failed, raises that UserError on all ranks.
         """
-        stopping, failed, data_seconds, compute_seconds = self.dist.all_gather(torch.tensor(own)).T  # [world_size] each
+        own = torch.tensor([*own, self.failure is not None], dtype=torch.float64)
+        gathered = self.dist.all_gather(own)  # [world_size, 5]
+        stopping, save_failed, data_seconds, compute_seconds, log_failed = gathered.T
         digests = self.dist.all_gather(batch.digests)  # [world_size, micro_steps, micro_batch, 32]
+        if log_failed.any():
+            self.dist.run_on_main(self.check)
+        self.steps_are_long = compute_seconds.max().item() > LONG_STEP
         if self.metrics:
             tokens_per_s = self.tokens_per_step / seconds
-            self.metrics.record(
+            self._write(
                 step=step,
                 **values,
                 tokens=(step + 1) * self.tokens_per_step,
@@ -392,27 +434,64 @@ class StepLog:
                 batch_sha256=digest(digests.transpose(0, 1).numpy()),
             )
         self.profile_step()
-        return bool(stopping.any()), bool(failed.any())
+        return bool(stopping.any()), bool(save_failed.any())
+
+    def _write(self, **values) -> None:
+        """Write a record on the main rank. An error reaches all ranks in the next step, or when a step is saved."""
+        try:
+            self.old.check_batch(values["step"], values["batch_sha256"])
+            self.metrics.record(**values)
+        except UserError as error:
+            self.failure = error
+
+    def check(self) -> None:
+        """On the main rank: make the records durable. Raises UserError if one could not be written."""
+        if self.failure:
+            raise self.failure
+        self.metrics.sync()
+
+
+def exit_status(others_were_told: bool) -> int:
+    """If only another node was told to stop, torchrun restarts without that node, as after a failure."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    return EXIT_RETRY if others_were_told and restarts else 0
+
+
+def announce_start(
+    s: Settings, run_dir: Path, fingerprint: dict, check_lock: Callable[[], None], start: int, stop: int, dist: Dist
+) -> dict | None:
+    """Record the start in run.json and print it. Returns the content of run.json on the main rank."""
+
+    def record() -> dict:
+        check_lock()
+        return record_start(run_dir, asdict(s), fingerprint, start, dist)
+
+    content = dist.run_on_main(record)
+    dist.print(
+        f"{run_dir}: {SIZES[s.size].parameters:,} parameters on {dist.world_size} x {dist.device.type}, "
+        f"{precision_text(s)}; step {start} to {stop} of {s.steps}, each {s.batch_size} rows of {s.seq_len} tokens"
+    )
+    return content
 
 
 def announce_end(s: Settings, run_dir: Path, step: int, dist: Dist) -> None:
     if step == s.steps:
-        dist.print(f"finished. Try: python generate.py --checkpoint {run_dir}/step{step} --prompt 'def '")
+        dist.print(f"{run_dir} is finished. Try: python generate.py --checkpoint {run_dir}/step{step} --prompt 'def '")
         return
     command = "the same command without --stop-at" if s.stop_at else "the same command"
-    dist.print(f"paused at step {step} of {s.steps}; {command} continues the run")
+    dist.print(f"{run_dir} is paused at step {step} of {s.steps}; {command} continues the run")
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # run_command ends without a traceback
     is_main = os.environ.get("RANK", "0") == "0"  # all ranks read the same command line: one answers
     try:
         s = parse(sys.argv[1:])
         if s.plan:
-            job = Job(SIZES[s.size], s.batch_size, s.micro_batch, s.seq_len, s.precision, s.recompute, s.shard)
-            text = report(job, s.steps, parse_machine(s.plan_for, s.batch_size))
+            text = plan_text(s)
             return print(text) if is_main else None
     except UserError:
         if not is_main:

@@ -4,6 +4,7 @@ The paper (Biderman et al. 2023, arXiv:2304.01373), the published configuration 
 The table has what the models were really trained with; the column `paper` has what the paper says.
 """
 
+import re
 from dataclasses import dataclass
 
 VOCAB_USED = 50_277  # ids of the tokenizer; `vocab` is padded to a multiple of 128 x tensor-parallel ranks
@@ -90,3 +91,20 @@ SIZES: dict[str, Config] = {config.name: config for config in _TABLE}
 def is_published_step(step: int, last: int) -> bool:
     """Whether Pythia has a checkpoint of this step: 0, 1, 2, 4 ... 512, every 1000th, and the last. 154 in all."""
     return step in (0, last) or step % 1000 == 0 or (step <= 512 and step.bit_count() == 1)
+
+
+def parse_steps(text: str, last: int) -> set[int]:
+    """The steps of a list such as 0,512,1000:143000:10000 in a run of `last` steps. A:B:N is A, A + N ... up to B.
+
+    Raises ValueError: the message says which part of the list is wrong.
+    """
+    steps: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,12})(?::(\d{1,12}):(\d{1,12}))?", part.strip(), re.ASCII)
+        first, end, every = map(int, (match[1], match[2] or match[1], match[3] or 1)) if match else (0, 0, 0)
+        if first > end or not every:
+            raise ValueError(f"{part!r} is neither a step nor FIRST:LAST:EVERY, such as 1000:5000:500")
+        if end > last:
+            raise ValueError(f"{part!r} lies past step {last}, the last of the run")
+        steps.update(range(first, end + 1, every))
+    return steps

@@ -1,4 +1,4 @@
-"""The plan of a run as text: the model, its memory, the command that suits a machine, and the days of every size."""
+"""The plan of a run as text: the command that suits a machine and its days; the details are for --verbose."""
 
 import math
 import os
@@ -9,9 +9,11 @@ from typing import NamedTuple
 
 from model import SIZES
 from plan import memory
-from plan.memory import GPUS_PER_NODE, RECOMPUTED_ACTIVATIONS, Job, choose_shard, total_memory
+from plan.memory import GPUS_PER_NODE, RECOMPUTED_ACTIVATIONS, Job, choose_shard, total_memory, variants
 from plan.time import GPUS, fastest, known_rates, step_seconds
 from runtime.errors import UserError
+
+HINT = "Add your other flags. Without --shard, --recompute and --micro-batch, a run takes what suits its GPUs."
 
 
 class Machine(NamedTuple):
@@ -43,40 +45,95 @@ def parse_machine(text: str, batch: int) -> Machine:
     return machine
 
 
-def report(job: Job, steps: int, machine: Machine) -> str:
-    """The plan of a job on a machine, which decides the number of ranks. The job's shard may be `auto`."""
+def summary(job: Job, machine: Machine, steps: int, lr: float, data: str) -> str:
+    """The command that suits a job on the ranks of a machine, and what it takes. `data` are the flags of the data.
+
+    What the job does not leave open stays. If that does not fit, the text says so and leaves it open.
+    """
+    gpu, (rates, files) = GPUS[machine.gpu], known_rates(job.config, job.precision, machine.gpu)
+    usable, lines = memory.USABLE * gpu.memory / 1e9, []
+    best = fastest(job, gpu.memory, rates)
+    if not best and job != opened(job):
+        least = min(variants(job), key=total_memory)
+        lines.append(
+            f"{least.flags} does not fit {machine}: {total_memory(least) / 1e9:.1f} GB a rank, {usable:.1f} fit."
+        )
+        job = opened(job)
+        best = fastest(job, gpu.memory, rates)
+    if best:
+        days = steps * step_seconds(best, rates) / 86400
+        time = f"{days:,.2f} days" if days >= 0.1 else f"{24 * 60 * days:,.1f} minutes"
+        lines += [
+            f"The fastest that fits {machine}, by estimate:",
+            f"  {command(best, machine, data)}",
+            f"  time           {time}, {24 * days * machine.world_size:,.0f} GPU-hours; communication is not included, "
+            f"rates are {'measured' if 'matmul' in files else 'assumed'}",
+            f"  memory         {total_memory(best) / 1e9:.1f} GB a rank, {usable:.1f} fit",
+        ]
+    else:
+        lines.append(_smallest_machine(job, machine))
+    tokens = steps * job.batch * job.seq_len
+    return "\n".join(
+        [
+            *lines,
+            f"  model          Pythia {job.config.name}, {job.config.parameters:,} parameters, {job.precision}",
+            f"  training       {steps:,} steps of {job.batch:,} rows of {job.seq_len:,} tokens: {tokens:,} tokens",
+            f"  learning rate  {lr:g} at its peak",
+            *([HINT] if best else []),
+            "--verbose prints memory by setting, FLOPs, and the days of all sizes.",
+        ]
+    )
+
+
+def details(job: Job, machine: Machine, steps: int, lr: float) -> str:
+    """The model, its FLOPs, its memory by what it holds and by setting, and the days of every size."""
     config, gpu_memory, tokens = job.config, GPUS[machine.gpu].memory, steps * job.batch * job.seq_len
     flops, causal = (config.flops_per_token(job.seq_len, causal) for causal in (False, True))
-    job = replace(job, world_size=machine.world_size, local_world_size=machine.local_world_size)
-    job = replace(job, micro_batch=math.gcd(job.micro_batch, job.batch // job.world_size))
-    job = choose_shard(job, gpu_memory, () if job.shard == "auto" else (job.shard,))
+    rates, _ = known_rates(config, job.precision, machine.gpu)
+    job = fastest(job, gpu_memory, rates) or min(variants(job), key=total_memory)
     lines = [
         f"Pythia {config.name}: {config.layers} layers, hidden {config.hidden}, {config.heads} heads of "
         f"{config.head_dim} ({config.rotary_dim} rotary), vocabulary {config.vocab:,}",
         f"  parameters      {config.parameters:>18,}   ({config.non_embedding_parameters:,} without embeddings)",
-        f"  learning rate   {config.lr:>18g}   (floor {config.lr / 10:g}), initialisation {config.init}",
+        f"  learning rate   {lr:>18g}   (floor {lr / 10:g}; published {config.lr:g}), initialisation {config.init}",
         f"  published in    {config.precision:>18}",
         *([f"  the paper says  {config.paper}"] if config.paper else []),
-        f"  tokens          {tokens:>18,}   {steps:,} steps of {job.batch:,} rows of {job.seq_len:,}",
         f"  FLOPs per token {flops / 1e9:>17.3f}G   ({causal / 1e9:.3f}G when only causal attention is credited)",
         f"  FLOPs           {flops * tokens:>18.3g}",
         "",
-        f"GB of a rank on {machine}, {job.precision}, {flags(job)} (estimated)",
+        f"GB of a rank on {machine}, {job.precision}, {job.flags} (estimated)",
         *(f"  {name:<32}{size / 1e9:>8.2f}" for name, size in memory.memory(job).items()),
         f"  {'together':<32}{total_memory(job) / 1e9:>8.2f}",
         f"  {'in host memory, during a save':<32}{memory.snapshot_memory(job) / 1e9:>8.2f}",
         "",
         *_memory_table(job, gpu_memory),
         "",
-        *_suggestion(job, machine),
-        "",
         *_days(job, steps, machine),
     ]
     return "\n".join(lines)
 
 
-def flags(job: Job) -> str:
-    return f"--shard {job.shard} --recompute {job.recompute} --micro-batch {job.micro_batch}"
+def opened(job: Job) -> Job:
+    """The job with shard, recompute and micro-batch left open."""
+    return replace(job, shard="auto", recompute="auto", micro_batch=0)
+
+
+def command(job: Job, machine: Machine, data: str) -> str:
+    """The command line that runs a job on a machine."""
+    launcher, nodes = "python", machine.world_size // machine.local_world_size
+    if machine.world_size > 1:  # with an address, torchrun unpickles nothing: see docs/faults.md
+        where = f"--nnodes {nodes} --node-rank N --master-addr HOST0" if nodes > 1 else "--master-addr 127.0.0.1"
+        launcher = f"torchrun {where} --master-port 29400 --nproc-per-node {machine.local_world_size} \\\n   "
+    return f"{launcher} train.py --size {job.config.name} {data} {job.flags}"
+
+
+def _smallest_machine(job: Job, machine: Machine) -> str:
+    gpu_memory, (rates, _) = GPUS[machine.gpu].memory, known_rates(job.config, job.precision, machine.gpu)
+    for n in (2**i for i in range(11)):
+        larger = replace(opened(job), world_size=n, local_world_size=min(n, GPUS_PER_NODE))
+        if job.batch % n == 0 and fastest(larger, gpu_memory, rates):
+            return f"Nothing fits {machine}. The smallest that does is {n}x{machine.gpu}"
+    return f"Nothing fits {machine}, nor any larger machine of these GPUs"
 
 
 def _memory_table(job: Job, gpu_memory: float) -> list[str]:
@@ -91,27 +148,10 @@ def _memory_table(job: Job, gpu_memory: float) -> list[str]:
         f"GB by --shard, and --recompute with --micro-batch; up to {usable / 1e9:.1f} fit, * is more (estimated)",
         " " * 10 + "".join(f"{f'{column.recompute} {column.micro_batch}':>9}" for column in columns),
     ]
-    for shard in dict.fromkeys(variant.shard for variant in memory.shardings(job)):
+    for shard in dict.fromkeys(variant.shard for variant in variants(replace(job, shard="auto"))):
         sizes = [total_memory(choose_shard(column, gpu_memory, (shard,))) for column in columns]
         lines.append(f"  {shard:<8}" + "".join(f"{f'{size / 1e9:.1f}' + '*' * (size > usable):>9}" for size in sizes))
     return lines
-
-
-def _suggestion(job: Job, machine: Machine) -> list[str]:
-    gpu_memory, (rates, _) = GPUS[machine.gpu].memory, known_rates(job.config, job.precision, machine.gpu)
-    world_size, local_world_size = job.world_size, job.local_world_size
-    if best := fastest(job, gpu_memory, rates):
-        nodes = f" --nnodes {world_size // local_world_size} --rdzv-backend c10d --rdzv-endpoint FIRST_NODE \\\n   "
-        launcher = f"torchrun --nproc-per-node {local_world_size}" + nodes * (world_size > local_world_size)
-        return [
-            f"The fastest that fits, by estimate: {total_memory(best) / 1e9:.1f} GB a rank. Add your other flags.",
-            f"  {launcher} train.py --size {job.config.name} {flags(best)}",
-        ]
-    for n in (2**i for i in range(11)):
-        larger = replace(job, world_size=n, local_world_size=min(n, GPUS_PER_NODE))
-        if job.batch % n == 0 and fastest(larger, gpu_memory, rates):
-            return [f"Nothing fits {machine}. The smallest that does is {n}x{machine.gpu}"]
-    return [f"Nothing fits {machine}, nor any larger machine of these GPUs"]
 
 
 def _days(job: Job, steps: int, machine: Machine) -> list[str]:
@@ -128,7 +168,7 @@ def _days(job: Job, steps: int, machine: Machine) -> list[str]:
     ]
     for name, config in SIZES.items():
         rates, files = known_rates(config, job.precision, machine.gpu)
-        if not (best := fastest(replace(job, config=config), GPUS[machine.gpu].memory, rates)):
+        if not (best := fastest(opened(replace(job, config=config)), GPUS[machine.gpu].memory, rates)):
             lines.append(f"  {name:<8}nothing fits")
             continue
         days = steps * step_seconds(best, rates) / 86400

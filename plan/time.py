@@ -8,7 +8,6 @@ backward = twice the first, five halves of the second, other bytes, and what is 
 import json
 import math
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ import torch
 
 from kernels.cross_entropy import TRITON_CHUNK
 from model import Config
-from plan.memory import RECOMPUTED_ACTIVATIONS, SHARDINGS, Job, fits, shardings, total_memory
+from plan.memory import RECOMPUTED_ACTIVATIONS, SHARDINGS, USABLE, Job, fits, total_memory, variants
 from runtime.errors import UserError
 
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
@@ -25,7 +24,7 @@ COPY_REACH = 0.85  # assumed share of the data sheet's bandwidth
 
 
 class GPU(NamedTuple):
-    flops: float  # dense FLOP/s in bf16, by the data sheet
+    flops: float  # dense FLOP/s in bf16 or fp16 (with float32 sums), by the data sheet
     flops_fp32: float
     memory: float  # bytes
     copy: float  # bytes/s of its memory
@@ -44,9 +43,21 @@ GPUS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """bf16 FLOP/s of a device by its data sheet, or None if it is not in GPUS."""
+    """FLOP/s of a device in bf16 or fp16 by its data sheet, or None if it is not in GPUS."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((gpu.flops for known, gpu in GPUS.items() if known.split("-")[0] in name), None)
+
+
+def known_gpu(name: str, memory: float) -> tuple[str, float]:
+    """The key of GPUS that a device takes its rates from, and its bytes of memory as plans count them.
+
+    A GPU of 80 GB reports 85e9 bytes. Runs and plans count 80e9, so that a run takes the setting that --plan suggests.
+    A device that is not in GPUS counts what it reports, and has the rates of an H100: the choice needs only ratios.
+    """
+    for key, gpu in GPUS.items():
+        if all(part in name for part in key.split("-")) and 0.9 < memory / gpu.memory < 1.1:
+            return key, min(memory, gpu.memory)
+    return "H100", memory
 
 
 class Rates(NamedTuple):
@@ -143,20 +154,42 @@ def step_seconds(job: Job, rates: Rates) -> float:
 
 
 def fastest(job: Job, gpu_memory: float, rates: Rates) -> Job | None:
-    """The job with the shard, recompute and micro-batch that fit a GPU of so many bytes with least compute, or None.
+    """The variant of a job that fits a GPU of so many bytes with least compute, or None.
 
-    Estimates cannot distinguish 2%: among those, it is the job with the least traffic, then the least memory.
+    Estimates cannot distinguish 2%. Among those variants it is the one with the least traffic, then the least
+    recomputation, then 8 rows or more in a micro-batch, then the least memory: the estimate does not count that the
+    host, which queues the kernels, is slower than the GPU when a kernel has little to do.
     """
-    seconds = {}
-    for recompute, micro_batch in product(RECOMPUTED_ACTIVATIONS, (1, 2, 4, 8, 16, 32)):
-        if job.batch % (job.world_size * micro_batch) == 0:
-            for variant in shardings(replace(job, recompute=recompute, micro_batch=micro_batch)):
-                if fits(variant, gpu_memory):
-                    seconds[variant] = step_seconds(variant, rates)
+    seconds = {variant: step_seconds(variant, rates) for variant in variants(job) if fits(variant, gpu_memory)}
+    recomputes = list(RECOMPUTED_ACTIVATIONS)
 
-    def traffic_and_memory(job: Job) -> tuple[int, int, float]:
-        order = SHARDINGS.index((job.shard, job.whole_gradients))
-        return order, job.micro_steps if job.gathers_again else 1, total_memory(job)
+    def preference(job: Job) -> tuple:
+        traffic = SHARDINGS.index((job.shard, job.whole_gradients)), job.micro_steps if job.gathers_again else 1
+        return *traffic, recomputes.index(job.recompute), -min(job.micro_batch, 8), total_memory(job)
 
     near = [variant for variant in seconds if seconds[variant] <= 1.02 * min(seconds.values())]
-    return min(near, key=traffic_and_memory, default=None)
+    return min(near, key=preference, default=None)
+
+
+def decide(job: Job, recorded: int, gpu: str, gpu_memory: float) -> tuple[Job, str]:
+    """The variant of a job that a run takes on GPUs of so many bytes: the fastest that fits. And a note if none fits.
+
+    recorded: the micro-batch of the run so far, or 0. The run keeps it as long as it fits, because another one changes
+    the last bits. With --bitwise the run keeps it in any case.
+
+    Raises UserError if something is left open and even the variant of the least memory exceeds that of the GPU. A job
+    that leaves nothing open is never refused: the estimate may be wrong.
+    """
+    rates, _ = known_rates(job.config, job.precision, gpu)
+    kept = replace(job, micro_batch=job.micro_batch or recorded)
+    if best := fastest(kept, gpu_memory, rates) or (not job.bitwise and fastest(job, gpu_memory, rates)):
+        return best, ""
+    least = min(variants(kept if job.bitwise else job), key=total_memory)
+    needs = f"{least.flags} needs {total_memory(least) / 1e9:.1f} GB a rank by estimate"
+    is_open = not job.micro_batch or "auto" in (job.recompute, job.shard)
+    if is_open and total_memory(least) > gpu_memory:
+        raise UserError(
+            f"{job.config.name} does not fit: {needs}, a GPU has {gpu_memory / 1e9:.1f}; use more GPUs (--plan says how"
+            " many), or give these three flags to try it"
+        )
+    return least, f"{needs}, more than the {USABLE * gpu_memory / 1e9:.1f} GB that fit: the run may end without memory"

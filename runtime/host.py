@@ -30,7 +30,10 @@ class StopSignal:
     def handle(self, number: int, frame) -> None:
         if not self.requested:
             self.requested, self.first = True, time.monotonic()
-            tqdm.write(f"{signal.Signals(number).name}: finishing the step, then saving; a second one stops at once")
+            name = signal.Signals(number).name
+            tqdm.write(
+                f"{name}: finishing the step, or dropping it if it is long; then saving; a second one stops at once"
+            )
         elif time.monotonic() - self.first > 1:
             os._exit(128 + number)
 

@@ -14,7 +14,7 @@ FLOORS = [
     {"model", "corpus"},
     {"data", "generate", "parallel", "plan"},
     {"step", "checkpoints"},
-    {"train", "checkpoint", "studies", "bench"},
+    {"train", "settings", "checkpoint", "studies", "bench"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 NOBODY_IMPORTS = {"train", "checkpoint", "generate", "studies"}  # commands; only bench/ imports bench

@@ -1,7 +1,9 @@
 """Many nodes, simulated on one machine: nodes join and leave a run, a network is cut, SLURM runs slurm.sh."""
 
+import base64
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -11,17 +13,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from conftest import records
 from small_runs import ROOT, assert_same_bits, assert_same_training
+from torch.distributed import TCPStore
 
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 FLAGS = ["--batch-size", 16, "--micro-batch", 2, "--lr", 1e-2]
 BITWISE = [*FLAGS, "--bitwise"]
 
-# train.py with the model of conftest.py and a pause of $PAUSE seconds before every step.
+# train.py with the model of conftest.py, a pause of $PAUSE seconds before every step and of $MICRO_PAUSE seconds in
+# every micro-step. A step of more than $LONG_STEP seconds is long.
 SCRIPT = f"""
 import faulthandler, os, sys, time
 faulthandler.dump_traceback_later(300, exit=True)
@@ -35,6 +40,11 @@ def batch(*args, read=data.batch):
     time.sleep(float(os.environ.get("PAUSE", 0)))
     return read(*args)
 data.batch = batch
+def forward(*args, real=train.Pythia.forward):
+    time.sleep(float(os.environ.get("MICRO_PAUSE", 0)))
+    return real(*args)
+train.Pythia.forward = forward
+train.LONG_STEP = float(os.environ.get("LONG_STEP", train.LONG_STEP))
 run_command(train.main)
 """
 
@@ -73,12 +83,24 @@ class Node:
 
 @pytest.fixture
 def start(corpus, tmp_path) -> Iterator[Callable]:
-    """start(*torchrun flags, flags=, prefix=, **environment) -> Node: a run in tmp_path/nodes; prefix is a command."""
+    """start(*torchrun flags, flags=, prefix=, torchrun=, **environment) -> Node: a run in tmp_path/nodes.
+
+    prefix is a command; torchrun is a script that takes its place.
+    """
     (tmp_path / "small.py").write_text(SCRIPT)
     nodes = []
 
-    def start(*torchrun_flags, flags=(), prefix=(), **environment: str) -> Node:
-        command = [*prefix, TORCHRUN, *torchrun_flags, tmp_path / "small.py", "--size", "14m", "--data", corpus]
+    def start(*torchrun_flags, flags=(), prefix=(), torchrun=TORCHRUN, **environment: str) -> Node:
+        command = [
+            *prefix,
+            *([torchrun] if torchrun == TORCHRUN else [sys.executable, torchrun]),
+            *torchrun_flags,
+            tmp_path / "small.py",
+            "--size",
+            "14m",
+            "--data",
+            corpus,
+        ]
         command += ["--out", tmp_path / "nodes", "--seq-len", 32, "--precision", "fp32", *flags]
         nodes.append(Node(command, tmp_path / f"node{len(nodes)}.log", **environment))
         return nodes[-1]
@@ -112,6 +134,107 @@ def wait(condition: Callable[[], bool], node: Node) -> None:
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
+
+
+# One node
+
+
+def documented() -> list[str]:
+    """The options of torchrun that docs/faults.md gives for one node, with a free port."""
+    command = re.search(r"^ {4}torchrun (.*) train\.py", (ROOT / "docs/faults.md").read_text(), re.M)[1]
+    assert "--master-port 29400 --nproc-per-node 8" in command
+    return command.replace("29400", str(free_port())).replace("--nproc-per-node 8", "--nproc-per-node 2").split()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [BITWISE, *(pytest.param([*FLAGS, "--shard", shard], marks=pytest.mark.slow) for shard in ("grad", "full"))],
+)
+def test_told_to_stop_inside_a_long_step(flags, start, run, tmp_path):
+    """One of two ranks gets the signal. Both drop the step; the same command continues with the same bits."""
+    flags, nodes = [*flags, "--steps", 6], tmp_path / "nodes"
+    node = start(*documented(), flags=flags, MICRO_PAUSE="0.7", LONG_STEP="0")  # a step has four micro-steps
+    wait(lambda: nodes.exists() and made(nodes) == 3, node)
+    time.sleep(0.3)
+    os.kill(node.ranks()[-1], signal.SIGINT)
+    status, output = node.end()
+    assert status == 0, output
+    assert "paused at step 3 of 6; the same command continues the run" in output
+    assert made(nodes) == 3
+    assert (nodes / "step3" / "manifest.json").exists()
+    status, output = start(*documented(), flags=flags).end()
+    assert status == 0, output
+    if "--bitwise" in flags:  # one rank has the same bits
+        whole = run(*flags)
+    else:
+        whole = tmp_path / "whole"
+        assert start(*documented(), flags=[*flags, "--out", whole]).end()[0] == 0
+    assert starts(nodes) == [(0, 2), (3, 2)]
+    assert records(nodes) == records(whole)
+    assert_same_bits(nodes / "step6", whole / "step6")
+
+
+# torchrun in a Python that prints whatever is unpickled.
+WATCHED = """
+import os, sys
+def print_unpickled(event, args):
+    if event == "pickle.find_class":
+        os.write(1, f"unpickled {args}\\n".encode())
+sys.addaudithook(print_unpickled)
+from torch.distributed.run import main
+main()
+"""
+
+
+class Attack:
+    """A pickle that creates a file when it is read."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.file),)
+
+
+@pytest.mark.parametrize("options", ["documented", "standalone"])
+def test_keys_of_the_store_are_not_unpickled(options, start, tmp_path):
+    """Another process writes a pickle into the store of torchrun. With --standalone, torchrun reads it and runs its
+    code; with the options of docs/faults.md it has no such key, and only one port."""
+    torchrun_flags = documented() if options == "documented" else ["--standalone", "--nproc-per-node", 2]
+    (tmp_path / "torchrun.py").write_text(WATCHED)
+    node = start(*torchrun_flags, flags=[*FLAGS, "--steps", 20], PAUSE="0.3", torchrun=tmp_path / "torchrun.py")
+    wait(lambda: made(tmp_path / "nodes") > 2, node)
+    ports = listening(node.torchrun.pid)
+    payload = pickle.dumps(Attack(tmp_path / "attacked"))
+    attacked = []
+    for port in ports:
+        store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=20))
+        for key in [*store.list_keys(), "torch.rendezvous.none"]:
+            if key.startswith(("torch.rendezvous.", "none/torchelastic/")):
+                attacked.append(key)
+                store.set(key, base64.b64encode(payload) if key.startswith("torch.rendezvous.") else payload)
+    status, output = node.end()
+    if options == "documented":
+        assert len(ports) == 1
+        assert sorted(attacked)[-1] == "torch.rendezvous.none"  # we have made it
+        assert status == 0, output
+        assert "unpickled" not in output
+        assert not (tmp_path / "attacked").exists()
+    else:  # the attack works
+        assert "unpickled ('posix', 'mkdir')" in output
+        assert (tmp_path / "attacked").exists()
+
+
+def listening(pid: int) -> list[int]:
+    """The ports on which a process listens for IPv4 or IPv6 connections."""
+    sockets = {str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink()}
+    found = []
+    for table in ("tcp", "tcp6"):
+        for row in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = row.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:  # 0A: LISTEN
+                found.append(int(fields[1].rpartition(":")[2], 16))
+    return found
 
 
 # Restarts

@@ -126,6 +126,54 @@ def tokens(steps: int, device: torch.device) -> torch.Tensor:
     return torch.randint(384, (steps, 3, 2, 33), generator=torch.Generator().manual_seed(0)).to(device)
 
 
+@pytest.mark.parametrize("bitwise", [False, True])
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_a_step_that_is_dropped(stop_after, bitwise):
+    """No micro-step follows, no gradient is left, and weights and moments do not change."""
+    model, step = model_and_step(torch.float32, torch.device("cpu"))
+    step.gradients.bitwise = bitwise
+    batches, asked = tokens(2, torch.device("cpu")), []
+    assert step.forward_backward(batches[0], go_on=lambda done, micro_steps: True)
+    step.update(1e-2)
+    before = [p.detach().clone() for p in model.parameters()]
+    moments = [{k: v.clone() for k, v in step.optimizer.state[p].items()} for p in model.parameters()]
+
+    def go_on(done: int, micro_steps: int) -> bool:
+        asked.append((done, micro_steps))
+        return done < stop_after
+
+    assert not step.forward_backward(batches[1], go_on=go_on)
+    assert asked == [(done, 3) for done in range(1, stop_after + 1)]
+    assert all(p.grad is None for p in model.parameters())
+    assert step.gradients.sums == []
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before))
+    for p, then in zip(model.parameters(), moments):
+        assert all(torch.equal(then[k], v) for k, v in step.optimizer.state[p].items())
+
+
+def test_the_host_is_at_most_two_micro_steps_ahead_in_a_long_step(monkeypatch):
+    """Otherwise a GPU would have all micro-steps in its queue when the signal comes. With events that only count."""
+    recorded, waited = [], []
+
+    class Event:
+        def record(self) -> None:
+            recorded.append(self)
+
+        def synchronize(self) -> None:
+            waited.append(self)
+
+    _, step = model_and_step(torch.float32, torch.device("cpu"))
+    step.dist = Dist(device=torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    ahead, batch = [], tokens(1, torch.device("cpu"))[0].repeat(3, 1, 1)  # nine micro-steps
+    assert step.forward_backward(batch, go_on=lambda *_: ahead.append(len(recorded) - len(waited)) or True)
+    assert ahead == [1, *[2] * 7]
+    assert waited == recorded[:6]
+    recorded.clear()
+    assert step.forward_backward(batch)  # a short step does not ask, and so never waits
+    assert recorded == []
+
+
 def state(model: Pythia, optimizer: torch.optim.AdamW) -> list[torch.Tensor]:
     return [x.clone() for p in model.parameters() for x in (p.detach(), *optimizer.state[p].values())]
 

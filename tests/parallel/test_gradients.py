@@ -50,7 +50,10 @@ def test_bitwise_micro_batches_do_not_depend_on_ranks(monkeypatch):
     for batch, expected in ((1024, 8), (16, 2), (4, 1)):
         for world in ("1", "2", "4"):
             monkeypatch.setenv("WORLD_SIZE", world)
-            assert train.parse(["--size", "14m", "--bitwise", "--batch-size", str(batch)]).micro_batch == expected
+            assert (
+                train.parse(["--size", "14m", "--data", "x", "--bitwise", "--batch-size", str(batch)]).micro_batch
+                == expected
+            )
 
 
 def test_bitwise_refuses_what_it_cannot_add_in_pairs(monkeypatch):

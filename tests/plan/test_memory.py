@@ -23,6 +23,7 @@ from plan.memory import (
     shardings,
     snapshot_memory,
     total_memory,
+    variants,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -195,7 +196,7 @@ class Alive(TorchDispatchMode):
         self.peak = max(self.peak, alive + self.inside * (op is torch.ops.tripod.linear_cross_entropy.default))
         return out
 
-def peak_of_a_step(config, micro_batch, recompute, shard, micro_steps, whole_gradients):
+def peak_of_a_step(config, micro_batch, recompute, shard, micro_steps, whole_gradients, bitwise=False):
     table = config.vocab * config.hidden
     chunk = 2 * min(micro_batch * 2048, TRITON_CHUNK) * config.vocab
     alive = Alive(chunk + (2 * table if world == 1 else 4 * table))  # weights cast, or gradients that are cast later
@@ -206,7 +207,7 @@ def peak_of_a_step(config, micro_batch, recompute, shard, micro_steps, whole_gra
         ranks = Dist(0, world, torch.device("cpu"), local_world_size=8)
         fsdp.shard_weights(model, shard, ranks, torch.float16)
         set_recompute(model, recompute)
-        step = Step(model, gradients.Gradients(model, ranks, shard, whole_gradients), None, ranks)
+        step = Step(model, gradients.Gradients(model, ranks, shard, whole_gradients, bitwise), None, ranks)
         tokens = torch.zeros(micro_steps, micro_batch, 2049, dtype=torch.long)
         with alive:
             moments = [torch.zeros_like(fsdp.local(p)) for p in model.parameters() for _ in range(2)]
@@ -222,7 +223,7 @@ for size, layers, *case in cases:
     print(peak_of_a_step(replace(SIZES[size], layers=layers), *case), flush=True)
 """
 
-# size, layers, micro-batch, recompute, shard, micro-steps, whole gradients
+# size, layers, micro-batch, recompute, shard, micro-steps, whole gradients, bitwise
 COUNTED = {
     1: [
         ("160m", 6, 32, "none", "none", 2, True),
@@ -235,13 +236,14 @@ COUNTED = {
         ("12b", 3, 2, "cheap", "full", 2, False),
         ("12b", 3, 32, "full", "hybrid", 2, True),
         ("160m", 4, 1, "none", "none", 1, True),
+        ("1.4b", 3, 2, "none", "grad", 8, False, True),
     ],
 }
 EVERY_COUNTED = [
     ("2.8b", 4, micro_batch, recompute, shard, *micro_steps)
     for micro_batch, recompute, shard in product((1, 8), SAVED_ACTIVATIONS, ("grad", "none", "hybrid", "full"))
     for micro_steps in ((1, True), (2, shard == "none"))
-]
+] + [("12b", 3, 1, "full", "full", 6, False, True), ("12b", 3, 8, "cheap", "grad", 1, True, True)]
 
 
 @pytest.mark.parametrize(
@@ -255,9 +257,10 @@ def test_memory_is_that_of_all_tensors(world, cases, tmp_path):
     assert done.returncode == 0, done.stderr
     wrong = []
     for case, peak in zip(cases, map(int, done.stdout.split())):
-        size, layers, micro_batch, recompute, shard, micro_steps, whole = case
+        size, layers, micro_batch, recompute, shard, micro_steps, whole, *bitwise = case
         config, batch = replace(SIZES[size], layers=layers), micro_steps * world * micro_batch
-        planned = total_memory(Job(config, batch, micro_batch, 2048, "bf16", recompute, shard, world, 8, whole))
+        job = Job(config, batch, micro_batch, 2048, "bf16", recompute, shard, world, 8, whole, *bitwise)
+        planned = total_memory(job)
         if not 0.98 <= planned / peak <= 1.13:
             wrong.append(f"{case}: {planned / peak:.3f} of {peak / 1e9:.2f} GB")
     assert not wrong, "\n".join(wrong)
@@ -291,6 +294,30 @@ def test_shardings():
     assert ways(world_size=8, local_world_size=8, shard="full") == ways(world_size=8)
     assert ways(world_size=16) == list(SHARDINGS)
     assert ways(world_size=32, local_world_size=32) == whole  # one micro-step: its gradients are whole
+
+
+def test_variants():
+    """What a job leaves open, and only that, takes every value that its rows and ranks allow."""
+
+    def values(**job) -> tuple[set, set, set]:
+        found = variants(
+            Job(SIZES["14m"], **{"batch": 48, "micro_batch": 0, "recompute": "auto", "shard": "auto"} | job)
+        )
+        assert len(found) == len(set(found))
+        return {x.shard for x in found}, {x.recompute for x in found}, {x.micro_batch for x in found}
+
+    base = {"seq_len": 2048, "precision": "fp16"}
+    assert values(**base) == ({"none"}, set(RECOMPUTE), {1, 2, 4, 8, 16})
+    assert values(**base, world_size=4) == ({"grad", "none", "full"}, set(RECOMPUTE), {1, 2, 4})
+    assert values(**base, world_size=16) == ({"grad", "none", "hybrid", "full"}, set(RECOMPUTE), {1})
+    assert values(**base, micro_batch=3, recompute="cheap") == ({"none"}, {"cheap"}, {3})
+    assert values(**base, world_size=4, shard="full") == ({"full"}, set(RECOMPUTE), {1, 2, 4})
+    # --bitwise: the same micro-batches on 1 to 8 ranks, and no rank holds all weights
+    for world_size in (1, 2, 4, 8):
+        assert values(**base, world_size=world_size, bitwise=True)[::2] == ({"grad", "full"}, {1, 2})
+    assert values(**base, batch=4, bitwise=True)[2] == {1}
+    wholes = {x.whole_gradients for x in variants(Job(SIZES["14m"], 48, 2, shard="auto", **base, bitwise=True))}
+    assert wholes == {False}  # every micro-step reduces
 
 
 def test_choose_shard():

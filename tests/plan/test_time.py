@@ -9,8 +9,8 @@ import torch
 
 from model import SIZES
 from plan import time
-from plan.memory import RECOMPUTED_ACTIVATIONS, SHARDINGS, Job, total_memory
-from plan.time import Rates, assumed_rates, fastest, known_rates, peak_flops, step_seconds
+from plan.memory import RECOMPUTED_ACTIVATIONS, SHARDINGS, Job, total_memory, variants
+from plan.time import GPUS, Rates, assumed_rates, decide, fastest, known_gpu, known_rates, peak_flops, step_seconds
 from runtime.errors import UserError
 
 ROUND = Rates(matmul=500e12, attention=250e12, copy=2e12)
@@ -163,14 +163,15 @@ def test_settings_of_12b_on_a_node_of_a100():
         if n < 32:
             assert seconds("12b", rates, "grad", 8, 2 * n) < at["grad", "none"]
             assert at["grad", "none"] < seconds("12b", rates, "grad", 8, n, whole=False)
-    best = fastest(Job(config, 1024, 1, 2048, "bf16", world_size=8), 80e9, rates)
+    best = fastest(Job(config, 1024, 0, 2048, "bf16", "auto", "auto", world_size=8), 80e9, rates)
     assert best.recompute != "full"
     assert total_memory(best) < 0.92 * 80e9
 
 
 @pytest.mark.parametrize("size", ["160m", "2.8b", "12b"])
 def test_fastest(size):
-    job, rates, times = Job(SIZES[size], 1024, 1, 2048, "bf16", world_size=8), assumed_rates(SIZES[size], "bf16"), []
+    job = Job(SIZES[size], 1024, 0, 2048, "bf16", "auto", "auto", world_size=8)
+    rates, times = assumed_rates(SIZES[size], "bf16"), []
     every = [
         replace(job, recompute=recompute, micro_batch=n, shard=shard, whole_gradients=whole)
         for recompute, n in product(RECOMPUTED_ACTIVATIONS, (1, 2, 4, 8, 16, 32))
@@ -194,8 +195,92 @@ def test_fastest(size):
         assert more <= 1.02 * less  # less memory is never better
 
 
+@pytest.mark.parametrize(("gpu", "world_size"), [("H100", 1), ("H100", 8), ("A100-40GB", 8), ("4090", 16)])
+@pytest.mark.parametrize("size", ["14m", "410m"])
+def test_small_models_do_without_recomputation(size, gpu, world_size):
+    """And with micro-batches of 8 rows: they fit, and with fewer rows the GPU would wait for the host."""
+    best = fastest(open_job(size, world_size), GPUS[gpu].memory, known_rates(SIZES[size], "fp16", gpu)[0])
+    assert (best.recompute, best.micro_batch) == ("none", 8)
+
+
 def test_micro_batches_divide_the_rows_of_a_rank():
-    job = Job(SIZES["14m"], 24, 1, 2048, "bf16", world_size=4)
+    job = Job(SIZES["14m"], 24, 0, 2048, "bf16", "auto", "auto", world_size=4)
     for scale in (1, 1e-3):  # a GPU on which copies, and so passes over weights, take nearly all the time
         best = fastest(job, 80e9, ROUND._replace(copy=scale * ROUND.copy))
         assert best.micro_batch in (1, 2)
+
+
+# What a run takes
+
+
+@pytest.mark.parametrize(
+    ("name", "reported", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", 85.0e9, ("H100", 80e9)),
+        ("NVIDIA A100-SXM4-40GB", 42.4e9, ("A100-40GB", 40e9)),
+        ("NVIDIA A100 80GB PCIe", 85.1e9, ("A100-80GB", 80e9)),
+        ("NVIDIA L40S", 47.7e9, ("L40S", 47.7e9)),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 17.2e9, ("H100", 17.2e9)),
+        ("NVIDIA GH200 480GB", 102e9, ("H100", 102e9)),
+        ("Tesla T4", 15.8e9, ("H100", 15.8e9)),
+    ],
+)
+def test_known_gpu(name, reported, expected):
+    assert known_gpu(name, reported) == expected
+
+
+def open_job(size: str, world_size: int, **options) -> Job:
+    return replace(Job(SIZES[size], 1024, 0, 2048, "fp16", "auto", "auto", world_size), **options)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("machine", [("H100", 8), ("A100-40GB", 16), ("4090", 8)])
+def test_a_run_fits_or_is_refused(size, machine):
+    """The setting is the fastest one that fits; what is given stays; a run for which nothing fits does not start."""
+    (gpu, world_size), rates = machine, known_rates(SIZES[size], "fp16", machine[0])[0]
+    for given in ({}, {"recompute": "cheap"}, {"micro_batch": 16}, {"shard": "full"}, {"bitwise": True}):
+        job = open_job(size, world_size, **given)
+        if min(map(total_memory, variants(job))) > GPUS[gpu].memory:  # all of it, and not only 92%
+            with pytest.raises(UserError, match="does not fit"):
+                decide(job, 0, gpu, GPUS[gpu].memory)
+            continue
+        chosen, note = decide(job, 0, gpu, GPUS[gpu].memory)
+        if best := fastest(job, GPUS[gpu].memory, rates):
+            assert chosen == best
+        assert bool(note) == (total_memory(chosen) > 0.92 * GPUS[gpu].memory) == (best is None)
+        assert all(getattr(chosen, name) == value for name, value in given.items())
+
+
+def test_the_defaults_of_6_9b_fit_a_node():
+    """At most 8 rows and no recomputation took 82 GB."""
+    before = Job(SIZES["6.9b"], 1024, 8, 2048, "fp16", "none", "full", 8, whole_gradients=False)
+    assert total_memory(before) > 80e9
+    chosen, note = decide(open_job("6.9b", 8), 0, "H100", 80e9)
+    assert total_memory(chosen) < 0.92 * 80e9
+    assert not note
+
+
+def test_what_does_not_fit_is_refused_unless_everything_is_given():
+    message = r"12b does not fit: --shard full --recompute full --micro-batch 1 needs [\d.]+ GB .* has 24\.0; .*--plan"
+    with pytest.raises(UserError, match=message):
+        decide(open_job("12b", 4), 0, "4090", 24e9)
+    given = open_job("12b", 4, shard="full", recompute="none", micro_batch=2)
+    chosen, note = decide(given, 0, "4090", 24e9)
+    assert chosen.flags == given.flags
+    assert "more than the 22.1 GB that fit" in note
+    least = min(map(total_memory, variants(open_job("12b", 4))))
+    chosen, note = decide(open_job("12b", 4), 0, "4090", least / 0.96)  # it takes 96% of the memory: more than 92%
+    assert total_memory(chosen) == least
+    assert note
+
+
+def test_a_run_keeps_its_micro_batch():
+    """On other GPUs, as long as it fits: another micro-batch changes the last bits. With --bitwise always."""
+    assert decide(open_job("1.4b", 8), 0, "H100", 80e9)[0].micro_batch not in (2, 32)
+    assert decide(open_job("1.4b", 8), 2, "H100", 80e9)[0].micro_batch == 2
+    assert decide(open_job("1.4b", 8, micro_batch=4), 2, "H100", 80e9)[0].micro_batch == 4  # as given
+    assert decide(open_job("12b", 8), 32, "A100-40GB", 40e9)[0].micro_batch < 32
+    with pytest.raises(UserError, match="--micro-batch 32 needs"):
+        decide(open_job("12b", 8, bitwise=True), 32, "A100-40GB", 40e9)
+    taken = {decide(open_job("410m", n, bitwise=True), 2, "H100", 80e9)[0].micro_batch for n in (1, 2, 4, 8)}
+    assert taken == {2}
