@@ -18,17 +18,22 @@ The order is that of GPT-NeoX v1.0 (megatron/data/gpt2_dataset.py and helpers.cp
 import argparse
 import json
 import math
+import os
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 
 from corpus.indexed import DataFile, IndexedTokens, sha256
-from corpus.order import Order, Rows, ShuffledRows, epochs_for, identity
-from corpus.prepare import demo, prepare
+from corpus.loader import digest, row_digests
+from corpus.order import Order, Rows, ShuffledRows, epochs_for, identity, is_current
+from corpus.prepare import DEMO_PREFIX, demo, prepare
 from corpus.tokenizer import load_tokenizer, tokenizer_errors
 from runtime.errors import Parser, UserError, printable, run_command
-from runtime.files import atomic_write, read_small, reason
+from runtime.files import atomic_write, reason
+from runtime.metrics import recorded_batch
+from runtime.run_directory import DAMAGE, flag, read_run
 
 # The flags that determine which rows a step has, here and in train.py: as published, and what --demo changes.
 DEFAULTS: dict[str, object] = {"data": "demo", "seed": 1234, "seq_len": 2048, "batch_size": 1024, "steps": 143_000}
@@ -97,12 +102,13 @@ def open_rows(data: str | Path, samples: int, seq_len: int = 2048, seed: int = 1
 def open_tokens(data: str | Path) -> tuple[IndexedTokens, bool]:
     """Return the tokens of --data, and whether they are pre-shuffled rows. Raises UserError as open_rows."""
     path = locate(data)
-    if path.suffix in (".bin", ".idx") and Path(f"{path.with_suffix('')}.idx").exists():
-        raise UserError(f"--data {data}: did you mean {path.with_suffix('')}?")
-    if (path / "document.idx").exists():
+    if os.path.lexists(path / "document.idx"):  # unlike Path.exists, it raises nothing
         return IndexedTokens(path / "document"), True
-    if Path(f"{path}.idx").exists():
+    if os.path.lexists(f"{path}.idx"):
         return IndexedTokens(path), False
+    prefix = Path(re.sub(r"(-\d{5}-of-\d{5})?\.(bin|idx)$", "", str(path)))
+    if prefix != path and os.path.lexists(f"{prefix}.idx"):
+        raise UserError(f"--data {data}: did you mean {prefix.parent if prefix.name == 'document' else prefix}?")
     raise UserError(
         f"--data {data}: neither {path}.idx (a prefix) nor {path}/document.idx (a pre-shuffled directory) exists;"
         " make a prefix with `python data.py prepare`"
@@ -114,6 +120,8 @@ def requested_samples(steps: int, batch_size: int) -> int:
     arithmetic is that of NeoX, in floating point: one row more can mean one epoch more, and so another order."""
     if steps < 1 or batch_size < 1:
         raise UserError(f"--steps {steps} and --batch-size {batch_size} must be at least 1")
+    if steps * batch_size >= 2**53:  # beyond it, floating point skips whole numbers
+        raise UserError(f"--steps {steps} and --batch-size {batch_size} are too many rows")
     return math.ceil(steps * batch_size * 1.005)
 
 
@@ -142,7 +150,7 @@ def fingerprint(rows: Rows) -> dict:
         "epochs": rows.epochs if is_order else None,
         "rows": len(rows),
         "order_sha256": rows.sha256,
-        "bin_sha256": data.tokens_sha256() if is_small(data) else stored_sha256(data),
+        "bin_sha256": known_sha256(data),
         "shards": [
             {
                 "name": shard.path.name,
@@ -155,29 +163,34 @@ def fingerprint(rows: Rows) -> dict:
     }
 
 
-def is_small(data: IndexedTokens) -> bool:
-    return data.tokens * data.dtype.itemsize < HASHED_AT_ONCE
+def known_sha256(data: IndexedTokens) -> str | None:
+    """Return the sha256 of all tokens, or None if they are 1 GB or more and `hash_once` has not hashed them."""
+    return data.tokens_sha256() if data.tokens * data.dtype.itemsize < HASHED_AT_ONCE else stored_sha256(data)
+
+
+def hash_once(data: IndexedTokens) -> str:
+    """Return the sha256 of all tokens. It is stored beside the data, in PREFIX.sha256.json, until a file changes."""
+    path, known = Path(f"{data.prefix}.sha256.json"), stored_sha256(data)
+    if known:
+        return known
+    computed = data.tokens_sha256()
+    try:
+        with atomic_write(path, "w") as file:
+            json.dump({"sha256": computed, "files": [identity(shard.status) for shard in data.shards]}, file)
+    except OSError as error:
+        print(printable(f"note: {path} cannot be written ({reason(error)}); the hash is not kept"), file=sys.stderr)
+    return computed
 
 
 def stored_sha256(data: IndexedTokens) -> str | None:
-    """Return the sha256 that `data.py info --hash` stored beside the data, or None if the files have changed since."""
+    """Return the sha256 that `hash_once` stored, or None: the files have changed since, or another user stored it."""
     try:
-        stored = json.loads(read_small(Path(f"{data.prefix}.sha256.json"), 1 << 20))
-        current = stored["files"] == [identity(shard.status) for shard in data.shards]
-        return str(stored["sha256"]) if current else None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        mark = DataFile(Path(f"{data.prefix}.sha256.json"))
+        stored = json.loads(mark.read(0, mark.bytes)) if mark.bytes < 1 << 20 else {}
+        valid = re.fullmatch("[0-9a-f]{64}", stored["sha256"]) and is_current(mark, stored["files"], data.shards)
+        return stored["sha256"] if valid else None
+    except (UserError, *DAMAGE):
         return None
-
-
-def store_sha256(data: IndexedTokens) -> str:
-    """Hash all tokens, and store the sha256 beside the data for later starts."""
-    path, digest = Path(f"{data.prefix}.sha256.json"), data.tokens_sha256()
-    try:
-        with atomic_write(path, "w") as file:
-            json.dump({"sha256": digest, "files": [identity(shard.status) for shard in data.shards]}, file)
-    except OSError as error:
-        print(printable(f"note: {path} cannot be written ({reason(error)})"), file=sys.stderr)
-    return digest
 
 
 def sample_sha256(file: DataFile, count: int = 66, size: int = 1 << 16) -> str:
@@ -222,31 +235,44 @@ def run_prepare(args: argparse.Namespace) -> None:
 
 
 def run_info(args: argparse.Namespace) -> None:
-    """Print counts, epochs, steps, the sha256 of the order."""
+    """Print what the data is, then the epochs, the steps and the sha256 of its order."""
     note = take_settings(args)
-    data, shuffled = open_tokens(args.data)
     samples, order_of = requested_samples(args.steps, args.batch_size), f"{args.steps:,} steps"
+    data, shuffled = open_tokens(args.data)
+    print_facts(
+        {
+            "kind": "pre-shuffled rows" if shuffled else "documents, shuffled by seed",
+            "files": "\n             ".join(map(str, [data.index_file, *data.files])),
+            "tokenizer": find_tokenizer(args.data),
+            "dtype": data.dtype.name,
+            "tokens": data.tokens,
+            "bytes": data.tokens * data.dtype.itemsize,
+            "documents": None if shuffled else data.documents,
+            "idx_sha256": data.index_sha256,
+            "bin_sha256": (hash_once if args.hash else known_sha256)(data) or "not known; --hash computes it once",
+        }
+    )
     if args.assumed_steps and not shuffled and epochs_for(samples, args.seq_len, data.tokens) > MANY_EPOCHS:
         samples, order_of = max((data.tokens - 1) // args.seq_len, 1), "one epoch; for that of a run give --run RUN"
     rows = ShuffledRows(data, args.seq_len) if shuffled else Order(data, samples, args.seq_len, args.seed)
-    facts = {
-        "kind": "pre-shuffled rows" if shuffled else "documents, shuffled by seed",
-        "files": "\n             ".join(map(str, [data.index_file, *data.files])),
-        "tokenizer": find_tokenizer(args.data),
-        "dtype": data.dtype.name,
-        "tokens": data.tokens,
-        "documents": None if shuffled else data.documents,
-        "bin_sha256": store_sha256(data) if args.hash else fingerprint(rows)["bin_sha256"],
-        "order of": None if shuffled else order_of,
-        "epochs": None if shuffled else rows.epochs,
-        "rows": len(rows),
-        "order_sha256": rows.sha256,
-        "steps": f"{len(rows) // args.batch_size:,} of {args.batch_size:,} rows of {args.seq_len + 1:,} tokens",
-    }
+    if args.run:
+        check_data(args, rows)
+    print_facts(
+        {
+            "order of": None if shuffled else order_of,
+            "epochs": None if shuffled else rows.epochs,
+            "rows": len(rows),
+            "order_sha256": rows.sha256,
+            "steps": f"{len(rows) // args.batch_size:,} of {args.batch_size:,} rows of {args.seq_len + 1:,} tokens",
+        }
+    )
+    print(note, file=sys.stderr, end="\n" * bool(note))
+
+
+def print_facts(facts: dict) -> None:
     for name, fact in facts.items():
         if fact is not None:
-            print(printable(f"{name:<12} {fact:,}" if isinstance(fact, int) else f"{name:<12} {fact}"))
-    print(note, file=sys.stderr, end="\n" * bool(note))
+            print(printable(f"{name:<12} {fact:,}" if isinstance(fact, int) else f"{name:<12} {fact}"), flush=True)
 
 
 def take_settings(args: argparse.Namespace) -> str:
@@ -257,11 +283,19 @@ def take_settings(args: argparse.Namespace) -> str:
     given = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
     settings, args.assumed_steps, note = DEFAULTS | (DEMO if args.demo else {}), False, ""
     if args.run:
-        settings = run_settings(Path(args.run))
+        given = (DEMO if args.demo else {}) | given
+        settings, args.recorded_data = read_settings(Path(args.run))
         for name, value in given.items():
-            if value != settings[name] and name != "data":  # data may have been moved
-                text = f"--{name.replace('_', '-')} {value}"
-                raise UserError(f"{text}: the run {args.run} has {settings[name]}; leave out {text.split()[0]}")
+            if value != settings[name] and name != "data":  # data may have been moved; check_data compares it
+                raise UserError(
+                    f"{flag(name)} {value}: the run {args.run} has {settings[name]}; leave out {flag(name)}"
+                )
+        path = DEMO_PREFIX if settings["data"] == "demo" else Path(settings["data"])
+        if "data" not in given and not any(map(os.path.lexists, (f"{path}.idx", path / "document.idx"))):
+            raise UserError(
+                f"--data {settings['data']} of {args.run}/run.json is not here, perhaps because the run was started in"
+                " another directory: give the place of the data as --data"
+            )
     elif not args.demo:
         args.assumed_steps = "steps" not in given
         if assumed := ", ".join(f"{name} {value}" for name, value in settings.items() if name not in given):
@@ -270,32 +304,41 @@ def take_settings(args: argparse.Namespace) -> str:
     return note
 
 
-def run_settings(run: Path) -> dict:
-    """The settings in RUN/run.json that decide which rows a step has. Raises UserError if one is missing or damaged."""
-    from runtime.run_directory import read_run  # it imports torch, which takes seconds
+def read_settings(run: Path) -> tuple[dict, dict]:
+    """The settings in RUN/run.json that decide which rows a step has, and the fingerprint of the data there.
 
-    settings = read_run(run)["settings"]
+    Raises UserError if run.json is missing or damaged.
+    """
+    stored = read_run(run, "--run needs the directory of a run")
+    settings = stored["settings"]
     for name, default in DEFAULTS.items():
         if type(settings.get(name)) is not type(default):
             raise UserError(f"{run / 'run.json'} is damaged: {name} is {str(settings.get(name))[:100]!r}")
-    return {name: settings[name] for name in DEFAULTS}
+    return {name: settings[name] for name in DEFAULTS}, stored["data"]
+
+
+def check_data(args: argparse.Namespace, rows: Rows) -> None:
+    """Raise UserError, which names the differences, if the rows are made of other data than those of --run."""
+    try:
+        differences = fingerprint_differences(args.recorded_data, fingerprint(rows))
+    except DAMAGE as error:
+        raise UserError(f"{args.run}/run.json is damaged ({error!r})") from None
+    if differences:
+        raise UserError(f"--data {args.data} is not the data of {args.run}: {', '.join(differences)}")
 
 
 def compare_with_run(run: Path, step: int, tokens: np.ndarray) -> None:
     """Say whether tokens [batch, seq_len + 1] are those that the run recorded. Raises UserError if they are not."""
-    from corpus.loader import digest, row_digests  # these import torch, which takes seconds
-    from runtime.metrics import recorded_batch
-
     recorded, here = recorded_batch(run / "metrics.jsonl", step), digest(row_digests(tokens))
     if recorded is None:
-        print(f"note: {run} has no record of step {step} to compare with", file=sys.stderr)
+        print(printable(f"note: {run} has no record of step {step} to compare with"), file=sys.stderr)
     elif recorded != here:
         raise UserError(
-            f"step {step}: the data has changed: {run}/metrics.jsonl has batch_sha256 {recorded[:12]}…, these rows have"
-            f" {here[:12]}…; give the data of the run as --data"
+            f"step {step}: these rows are not those of the run: {run}/metrics.jsonl has batch_sha256 {recorded[:12]}…,"
+            f" they have {here[:12]}…; the data has changed, or that file"
         )
     else:
-        print(f"these rows are those that {run} recorded for step {step}", file=sys.stderr)
+        print(printable(f"these rows are those that {run} recorded for step {step}"), file=sys.stderr)
 
 
 def run_view(args: argparse.Namespace) -> None:
@@ -303,19 +346,21 @@ def run_view(args: argparse.Namespace) -> None:
     note = take_settings(args)
     if not 0 <= args.step < args.steps:
         raise UserError(f"step {args.step}: the run has the steps 0 .. {args.steps - 1} (--steps {args.steps})")
-    data, shuffled = open_tokens(args.data)
+    if args.row is not None and not 0 <= args.row < args.batch_size:
+        raise UserError(f"--row {args.row}: a step has rows 0 .. {args.batch_size - 1}")
     samples = requested_samples(args.steps, args.batch_size)
+    data, shuffled = open_tokens(args.data)
     if not shuffled and args.assumed_steps and (n := epochs_for(samples, args.seq_len, data.tokens)) > MANY_EPOCHS:
         raise UserError(
             f"{args.steps:,} steps are {n:,} epochs of {args.data}, and the number of epochs decides the order:"
             " give --run RUN, or --steps as in train.py"
         )
     rows = ShuffledRows(data, args.seq_len) if shuffled else Order(data, samples, args.seq_len, args.seed)
+    if args.run:
+        check_data(args, rows)
     tokens = batch(rows, args.step, args.batch_size)[0]  # [batch, seq_len + 1]
     if args.run:
         compare_with_run(Path(args.run), args.step, tokens)
-    if args.row is not None and not 0 <= args.row < args.batch_size:
-        raise UserError(f"--row {args.row}: a step has rows 0 .. {args.batch_size - 1}")
     chosen = [*range(args.batch_size)] if args.row is None else [args.row]
     if args.export:
         export(tokens[chosen], Path(args.export))
@@ -325,35 +370,40 @@ def run_view(args: argparse.Namespace) -> None:
 
 
 def print_rows(args: argparse.Namespace, rows: Rows, tokens: np.ndarray, chosen: list[int]) -> None:
-    """Print the chosen rows of tokens [batch, seq_len + 1], as text if there is a tokenizer."""
+    """Print the chosen rows of tokens [batch, seq_len + 1], as text if there is a tokenizer that knows their ids."""
     file = args.tokenizer or find_tokenizer(args.data)
-    tokenizer = load_tokenizer(file) if file else None
+    tokenizer, last = load_tokenizer(file) if file else None, -1
+    if tokenizer:
+        with tokenizer_errors(file):
+            last = max(tokenizer.get_vocab().values(), default=-1)
     for k in chosen:
         number, origin = args.step * args.batch_size + k, ""
         if isinstance(rows, Order):
             origin = ": " + ", ".join(f"document {d} from {offset} ({n})" for d, offset, n in rows.pieces(number))
         print(f"--- step {args.step}, row {k} of {args.batch_size} (row {number} of the order){origin}")
         ids = tokens[k].tolist()
-        if not tokenizer:
-            print(" ".join(map(str, ids)))
+        unknown = [id for id in ids if not 0 <= id <= last]  # decode would leave them out, or fail
+        if tokenizer and not unknown:
+            with tokenizer_errors(file):
+                text = tokenizer.decode(ids, skip_special_tokens=False)
+            print(printable(text))
             continue
-        if min(ids) < 0:
-            raise UserError(f"step {args.step}, row {k}: token id {min(ids)} is negative, which no tokenizer knows")
-        with tokenizer_errors(file):
-            text = tokenizer.decode(ids, skip_special_tokens=False)
-        print(printable(text))
+        if tokenizer:
+            note = f"note: row {k}: token id {unknown[0]} is not in the tokenizer {file}; these are the ids of the row"
+            print(printable(note), file=sys.stderr)
+        print(" ".join(map(str, ids)))
 
 
 def export(array: np.ndarray, path: Path) -> None:
     """Write a new .npy file. Raises UserError, and writes nothing, if it exists or cannot be written."""
-    if path.exists():
+    if os.path.lexists(path):  # unlike Path.exists, it raises nothing
         raise UserError(f"{path} exists; choose another name or delete it")
     try:
         with atomic_write(path) as file:
             np.save(file, array, allow_pickle=False)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; nothing was written") from None
-    print(f"{path}: {array.dtype.name} {[*array.shape]}")
+    print(printable(f"{path}: {array.dtype.name} {[*array.shape]}"))
 
 
 def main() -> None:

@@ -159,21 +159,29 @@ def identity(status: os.stat_result) -> list[int]:
 
 
 def is_stamped(cache: Path, files: list[DataFile]) -> bool:
-    """Return whether `stamp` was called for exactly these files, by this user or root.
-
-    A file system's clock has ticks. A file could change within the tick in which the stamp was written and keep its
-    times. So a stamp counts only for files that were older than it.
-    """
+    """Return whether `stamp` was called for exactly these files, by this user or root."""
     try:
         mark = DataFile(cache / "checked.json")
         return (
             mark.bytes < 1 << 16
-            and json.loads(mark.read(0, mark.bytes)) == [identity(file.status) for file in files]
-            and all(file.status.st_uid in (0, os.geteuid()) for file in [mark, *files])
-            and max(file.status.st_ctime_ns for file in files) + TICK < mark.status.st_mtime_ns
+            and all(file.status.st_uid in (0, os.geteuid()) for file in files)
+            and is_current(mark, json.loads(mark.read(0, mark.bytes)), files)
         )
     except (UserError, ValueError):
         return False
+
+
+def is_current(mark: DataFile, identities: object, files: list[DataFile]) -> bool:
+    """Return whether this user or root wrote `mark`, which has these identities, when the files were as they are now.
+
+    A file system's clock has ticks. A file could change within the tick in which the mark was written and keep its
+    times. So a mark counts only for files that were older than it.
+    """
+    return (
+        identities == [identity(file.status) for file in files]
+        and mark.status.st_uid in (0, os.geteuid())
+        and max(file.status.st_ctime_ns for file in files) + TICK < mark.status.st_mtime_ns
+    )
 
 
 def stamp(cache: Path, files: list[DataFile]) -> None:

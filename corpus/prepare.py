@@ -66,6 +66,7 @@ OTHER_FORMATS |= {
 }
 OTHER_FORMATS |= {".pdf", ".ps", ".rtf", ".doc", ".docx", ".odt", ".xls", ".xlsx", ".ods", ".ppt", ".pptx", ".epub"}
 
+DEMO_PREFIX = Path("runs/demo")
 DEMO_BYTES = 8_000_000
 # Tests, packages of others, modules that some installations lack, and long generated tables.
 DEMO_WITHOUT = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo", "ensurepip"}
@@ -377,7 +378,7 @@ def demo() -> Path:
     It is the source code of this Python's standard library: real text that every machine has, one token per byte, one
     document per file. Raises UserError if the source code is missing or the corpus cannot be written.
     """
-    prefix = Path("runs/demo")
+    prefix = DEMO_PREFIX
     if os.path.lexists(f"{prefix}.idx"):
         return prefix
     library = Path(sysconfig.get_paths()["stdlib"])

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from runtime.errors import UserError
-from runtime.files import atomic_write, open_regular
+from runtime.files import atomic_write, open_regular, reason
 from runtime.run_directory import one_line_errors
 
 LOGGERS = ("tensorboard", "wandb")
@@ -102,7 +102,7 @@ def recorded_batch(path: Path, step: int) -> str | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read: {reason(error)}") from None
     return None
 
 

@@ -153,15 +153,15 @@ def recover_run_file(run: Path, recovered: Callable[[Path], dict | None]) -> Non
     tqdm.write(f"{path} {problem}{kept}: it is written again from the newest checkpoint; with a new list of starts")
 
 
-def read_run(run: Path) -> dict:
-    """The content of run.json: settings, data, starts. Raises UserError if it is damaged."""
+def read_run(run: Path, advice: str = "choose another --out") -> dict:
+    """The content of run.json: settings, data, starts. Raises UserError, with the advice, if it is damaged."""
     path = run / "run.json"
     try:
         return _load(path)
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): choose another --out") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}): {advice}") from None
     except DAMAGE as error:
-        raise UserError(f"{path} is damaged ({error!r}): choose another --out") from None
+        raise UserError(f"{path} is damaged ({error!r}): {advice}") from None
 
 
 def _load(path: Path) -> dict:

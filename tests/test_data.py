@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -16,11 +17,13 @@ import pytest
 from megatron import MISC, REPO, arrays, assert_refused, copy_golden, cut_into_shards, run_data, write_data
 
 import data
-from corpus.indexed import IndexedTokens
+from corpus.indexed import DataFile, IndexedTokens
 from corpus.loader import digest, row_digests
 from corpus.order import Order
+from corpus.tokenizer import byte_tokenizer
 from data import batch, check_vocab, row_numbers
-from runtime.errors import UserError
+from runtime.errors import UserError, run_command
+from settings import FIXED
 
 
 @pytest.fixture
@@ -171,7 +174,58 @@ def test_other_tokens_of_equal_length_are_named(golden, monkeypatch):
         data.fingerprint_differences({"order_sha256": 5}, here)
 
 
+def test_tokens_in_other_shards_are_the_same_data(golden, monkeypatch):
+    def facts() -> dict:
+        return json.loads(json.dumps(data.fingerprint(Order(golden / "synth500", 1, 64))))
+
+    whole = facts()
+    cut_into_shards(golden / "synth500", [999_999, 2_000_000])
+    shards = facts()
+    assert len(shards["shards"]) == 3
+    assert data.fingerprint_differences(whole, shards) == data.fingerprint_differences(shards, whole) == []
+    part = golden / "synth500-00001-of-00002.bin"
+    part.write_bytes(bytes(100) + part.read_bytes()[100:])
+    assert data.fingerprint_differences(shards, facts()) == [f"the tokens in {part.name}"]
+    # Without the hash of all tokens, other shards cannot be compared.
+    monkeypatch.setattr(data, "HASHED_AT_ONCE", 0)
+    assert data.fingerprint_differences(whole, facts()) == ["the number or sizes of the token files (1 there, 3 here)"]
+
+
+def test_blocks_of_a_large_file_are_sampled(tmp_path):
+    """Three blocks of 10 bytes of a file of 1000: the first, one in the middle, the last."""
+    path, raw = tmp_path / "large", bytes(range(250)) * 4
+
+    def sample(changed: int | None = None, length: int = 1000) -> str:
+        path.write_bytes(bytes(b ^ (i == changed) for i, b in enumerate(raw[:length])))
+        return data.sample_sha256(DataFile(path), count=3, size=10)
+
+    assert sample() == hashlib.sha256(raw[:10] + raw[495:505] + raw[990:]).hexdigest()
+    for changed in (0, 9, 495, 504, 990, 999):
+        assert sample(changed) != sample()
+    for between in (10, 494, 505, 989):  # not sampled; `data.py info --hash` finds these
+        assert sample(between) == sample()
+    assert sample(length=30) == hashlib.sha256(raw[:30]).hexdigest()
+
+
 # --- Commands ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def call(monkeypatch, capfd, tmp_path):
+    """call(*arguments) does what run_data(tmp_path, *arguments) does, in this process, which is quicker."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments) -> subprocess.CompletedProcess:
+        command, status = ["data.py", *map(str, arguments)], 0
+        monkeypatch.setattr(sys, "argv", command)
+        try:
+            run_command(data.main)
+        except SystemExit as end:
+            status = 1
+            print(end, file=sys.stderr)
+        return subprocess.CompletedProcess(command, status, *capfd.readouterr())
+
+    return run
 
 
 SHORT = ("--seq-len", "64", "--batch-size", "8", "--steps", "3")
@@ -207,64 +261,72 @@ def test_view_prints_what_the_model_saw(golden):
     assert everything[6:8] == [head, ids]
 
 
-def test_commands_on_shuffled_rows(tmp_path):
+def test_commands_on_shuffled_rows(tmp_path, call):
     (tmp_path / "set").mkdir()
     rows = np.random.default_rng(4).integers(0, 50304, (20, 65)).astype("<u2")
     write_data(tmp_path / "set/document", list(rows), marks=[0])
     cut_into_shards(tmp_path / "set/document", [999])
-    run = run_data(tmp_path, "info", "--data", "set", *SHORT)
+    run = call("info", "--data", "set", *SHORT)
     assert run.returncode == 0, run.stderr
     assert "rows         20" in run.stdout
     assert "2 of 8 rows" in run.stdout
-    run = run_data(tmp_path, "view", "--data", "set", *SHORT, "--step", "1", "--row", "2")
+    run = call("view", "--data", "set", *SHORT, "--step", "1", "--row", "2")
     head, ids = run.stdout.splitlines()
     assert head == "--- step 1, row 2 of 8 (row 10 of the order)"
     assert [int(id) for id in ids.split()] == rows[10].tolist()
-    assert_refused(
-        run_data(tmp_path, "view", "--data", "set", *SHORT, "--step", "2"), "step 2: the data has 2 steps of 8 rows"
-    )
-    assert_refused(
-        run_data(tmp_path, "info", "--data", "set", "--batch-size", "0"), "--batch-size 0 must be at least 1"
-    )
-    assert_refused(run_data(tmp_path, "info", "--data", "set"), "row 0 has 65 tokens, not 2049")
+    assert_refused(call("view", "--data", "set", *SHORT, "--step", "2"), "step 2: the data has 2 steps of 8 rows")
+    assert_refused(call("info", "--data", "set", "--batch-size", "0"), "--batch-size 0 must be at least 1")
+    assert_refused(call("view", "--data", "set", "--step", "0"), "row 0 has 65 tokens, not 2049")
+    for part in ("document.idx", "document-00001-of-00001.bin"):
+        assert_refused(call("info", "--data", f"set/{part}", *SHORT), "did you mean set?")
 
 
-def test_view_exports_the_batch(golden):
+def test_view_exports_the_batch(golden, call):
     arguments = ("view", "--data", "synth500", *SHORT, "--step", "1", "--export", "rows.npy")
-    run = run_data(golden, *arguments)
+    run = call(*arguments)
     assert run.returncode == 0, run.stderr
     rows = np.load(golden / "rows.npy", allow_pickle=False)
     assert (rows.dtype, rows.shape) == (np.uint16, (8, 65))
     truth = arrays("gpt2ds_L64_seed1234")["lt1_first20"]
     np.testing.assert_array_equal(rows, truth[8:16])
-    assert_refused(run_data(golden, *arguments), "rows.npy exists")
+    assert_refused(call(*arguments), "rows.npy exists")
     np.testing.assert_array_equal(np.load(golden / "rows.npy", allow_pickle=False), rows)
-    assert_refused(run_data(golden, *arguments[:-1], "absent/rows.npy"), "absent/rows.npy: No such file")
+    assert_refused(call(*arguments[:-1], "absent/rows.npy"), "absent/rows.npy: No such file")
+    assert_refused(call(*arguments[:-1], "x" * 300), "File name too long; nothing was written")
+    assert_refused(call(*arguments[:-1], "rows.npy/x"), "rows.npy/x: Not a directory")
+    (golden / "link.npy").symlink_to("nowhere")
+    assert_refused(call(*arguments[:-1], "link.npy"), "link.npy exists")
 
 
-def test_commands_refuse_in_one_line(golden):
+def test_commands_refuse_in_one_line(golden, call):
     before = {path: path.stat().st_mtime_ns for path in golden.iterdir()}
     edge = ("--data", "edgeA", "--seq-len", "64")
     for arguments, message in (
         (("info", "--data", "absent"), "neither absent.idx"),
-        (("info", "--data", "edgeA"), "1857 tokens make no row of 2049"),
         (("info", *edge, "--steps", "0"), "--steps 0"),
-        (("info", *edge, "--seed", "-1"), "--seed -1"),
         (("info", *edge, "--seed", "x"), "--seed: invalid int value"),
         (("view", *edge), "required: --step"),
         (("info", "--data", "edgeA.bin"), "did you mean edgeA?"),
-        (("info", *edge, "--seed", "99999999999"), "--seed 99999999999"),
-        (("info", *edge, "--steps", "100000000"), "lower --steps"),
+        (("info", "--data", "edgeA.idx"), "did you mean edgeA?"),
+        (("info", "--data", "edgeA-00003-of-00020.bin"), "did you mean edgeA?"),
+        (("info", "--data", "x" * 300), "neither xxx"),
+        (("info", *edge, "--steps", "9" * 400), "--steps 999"),
         (("view", *edge, "--step", "0", "--batch-size", "0"), "--batch-size 0 must be at least 1"),
+        (("view", *edge, "--step", "0", "--seed", "-1", "--steps", "1"), "--seed -1"),
+        (("view", *edge, "--step", "0", "--seed", "99999999999", "--steps", "1"), "--seed 99999999999"),
+        (("view", *edge, "--step", "0", "--steps", "100000000"), "lower --steps"),
+        (("view", "--run", "absent", "--step", "0"), "absent/run.json cannot be read"),
     ):
-        assert_refused(run_data(golden, *arguments), message)
+        run = call(*arguments)
+        assert_refused(run, message)
+        assert "choose another --out" not in run.stderr
     assert {path: path.stat().st_mtime_ns for path in golden.iterdir()} == before
     for arguments, message in (  # these commands open the order and write its cache
         (("view", *edge, "--steps", "3", "--batch-size", "8", "--step", "3"), "step 3: the run has the steps 0 .. 2"),
         (("view", *edge, "--steps", "3", "--batch-size", "8", "--step", "0", "--row", "8"), "--row 8"),
         (("view", *edge, "--steps", "3", "--batch-size", "8", "--step", "0", "--tokenizer", "edgeA.idx"), "tokenizer"),
     ):
-        assert_refused(run_data(golden, *arguments), message)
+        assert_refused(call(*arguments), message)
 
 
 def test_help_has_examples():
@@ -273,13 +335,14 @@ def test_help_has_examples():
         assert f"example: python data.py {name}" in run_data(REPO, name, "--help").stdout
 
 
-def test_view_of_a_run(corpus, run, tmp_path):
+def test_view_of_a_run(corpus, run, tmp_path, call, capfd):
     """All settings come from the run, and the rows are compared with the hash that it recorded."""
     directory = run("--stop-at", "3", "--seed", "7")
-    view = partial(run_data, tmp_path, "view", "--run", directory)
+    capfd.readouterr()
+    view = partial(call, "view", "--run", directory)
     shown = view("--step", "2", "--row", "1")
-    assert shown.stdout == run_data(
-        tmp_path, "view", "--data", corpus, "--seed", "7", "--seq-len", "32", "--batch-size", "4", "--steps", "9",
+    assert shown.stdout == call(
+        "view", "--data", corpus, "--seed", "7", "--seq-len", "32", "--batch-size", "4", "--steps", "9",
         "--step", "2", "--row", "1",
     ).stdout  # fmt: skip
     assert shown.stderr == f"these rows are those that {directory} recorded for step 2\n"
@@ -292,21 +355,83 @@ def test_view_of_a_run(corpus, run, tmp_path):
     with (tmp_path / "moved.bin").open("r+b") as file:
         file.write(bytes(10_000))
     moved = view("--step", "2", "--data", tmp_path / "moved")
-    assert_refused(moved, "step 2: the data has changed")
+    assert_refused(moved, f"--data {tmp_path}/moved is not the data of {directory}: the tokens in moved.bin")
 
-    settings = json.loads((directory / "run.json").read_text())
-    settings["settings"]["seq_len"] = "32"
-    (directory / "run.json").write_text(json.dumps(settings))
-    assert_refused(view("--step", "2"), "run.json is damaged: seq_len is '32'")
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    damaged = [lines[0], lines[1].replace('"batch_sha256": "', '"batch_sha256": "0'), "{", lines[2]]
+    (directory / "metrics.jsonl").write_text("\n".join(damaged))
+    assert_refused(view("--step", "1"), "step 1: these rows are not those of the run")
+    assert view("--step", "0").returncode == 0
+
+    stored = json.loads((directory / "run.json").read_text())
+    for where, value, message in (
+        (("settings", "seq_len"), "32", "run.json is damaged: seq_len is '32'"),
+        (("settings", "seq_len"), True, "run.json is damaged: seq_len is 'True'"),
+        (("settings", "steps"), 10**400, "--steps 1000"),
+        (("data", "order_sha256"), 5, "run.json is damaged"),
+    ):
+        changed = json.loads(json.dumps(stored))
+        changed[where[0]][where[1]] = value
+        (directory / "run.json").write_text(json.dumps(changed))
+        assert_refused(view("--step", "2"), message)
 
 
-def test_small_corpora_and_the_default_steps(corpus, tmp_path):
+def test_view_of_a_run_that_knows_only_its_fixed_settings(corpus, run, tmp_path, call, capfd):
+    """run.json that was recovered from a checkpoint has no other settings. Its path of the data is the one that the
+    user gave, so it may be relative to another directory."""
+    directory = run("--stop-at", "1")
+    capfd.readouterr()
+    stored = json.loads((directory / "run.json").read_text())
+    fixed = {name: value for name, value in stored["settings"].items() if name in FIXED}
+    for name in ("text", "demo"):
+        stored["settings"] = {**fixed, "data": name}
+        (directory / "run.json").write_text(json.dumps(stored))
+        run_view = partial(call, "view", "--run", directory, "--step", "0", "--export")
+        assert_refused(run_view("x.npy"), f"--data {name} of {directory}/run.json is not here")
+        assert not (tmp_path / "runs").exists()  # where the demo corpus would be built
+    assert run_view(tmp_path / "x.npy", "--data", corpus).returncode == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), batch(data.open_rows(corpus, 37, 32), 0, 4)[0])
+
+
+def test_info_describes_the_data_before_the_order(golden, call):
+    for arguments, message in ((("--seed", "-1", "--seq-len", "64"), "--seed -1"), ((), "1857 tokens make no row")):
+        shown = call("info", "--data", "edgeA", *arguments)
+        assert shown.returncode == 1
+        assert shown.stderr.startswith("error: ")
+        assert message in shown.stderr
+        assert "1,857" in shown.stdout
+        assert hashlib.sha256((golden / "edgeA.bin").read_bytes()).hexdigest() in shown.stdout
+
+
+def test_names_and_tokens_of_unknown_origin(tmp_path, call):
+    """Names with terminal escapes; token ids that are negative, or that the tokenizer lacks."""
+    prefix = tmp_path / "es\x1b[31mcape"
+    rows = np.array([[0, 40, 41, 42], [0, -1, 41, 42], [0, 300, 41, 42], [0, 2**31 - 1, 41, 2]], "<i4")
+    write_data(prefix, [rows.ravel()], "<i4", 4)
+    byte_tokenizer().save(f"{prefix}.tokenizer.json")
+    flags = ("--data", prefix, "--seq-len", "3", "--batch-size", "1", "--steps", "5")
+    shown = call("info", *flags)
+    assert shown.returncode == 0, shown.stderr
+    assert "es\\x1b[31mcape.bin" in shown.stdout
+    order = Order(prefix, 6, 3)
+    lines = {tuple(order[step].tolist()): call("view", *flags, "--step", step) for step in range(5)}
+    assert any(min(ids) < 0 for ids in lines)
+    assert any(max(ids) > 2**30 for ids in lines)
+    for ids, view in lines.items():
+        assert view.returncode == 0, view.stderr
+        text = view.stdout.partition("\n")[2]
+        known = all(0 <= id < 245 for id in ids)
+        assert ("not in the tokenizer" in view.stderr) == (not known)
+        assert text == ((byte_tokenizer().decode(ids, False) if known else " ".join(map(str, ids))) + "\n")
+
+
+def test_small_corpora_and_the_default_steps(corpus, call):
     """143,000 steps would be thousands of epochs of such a corpus, and their number decides the order."""
-    info = run_data(tmp_path, "info", "--data", corpus)
+    info = call("info", "--data", corpus)
     assert re.search(r"^order of +one epoch", info.stdout, re.MULTILINE)
     assert re.search(r"^epochs +1$", info.stdout, re.MULTILINE)
     assert info.stderr.startswith("note: assumed as in train.py: seed 1234, seq_len 2048, batch_size 1024, steps 14")
-    refused = run_data(tmp_path, "view", "--data", corpus, "--step", "3")
+    refused = call("view", "--data", corpus, "--step", "3")
     assert_refused(refused, "the number of epochs decides the order: give --run RUN, or --steps as in train.py")
 
 
@@ -322,13 +447,52 @@ def test_the_stored_hash_of_large_data(corpus, tmp_path, monkeypatch):
 
     assert found() == expected
     stored = tmp_path / "large.sha256.json"
-    for damage in ("", "[]", "{}", "[" * 100_000, '{"sha256": 3}'):
-        kept = stored.read_text()
-        stored.write_text(damage)
+    kept = stored.read_text()
+    other = {**json.loads(kept), "sha256": "\x1b[31m"}
+    for damage in ("", "[]", "{}", "[" * 100_000, '{"sha256": 3}', "\udcff", json.dumps(other), " " * 2**21):
+        stored.write_bytes(damage.encode(errors="surrogateescape"))
         assert found() is None
         stored.write_text(kept)
+    assert found() == expected
+    stored.unlink()
+    os.mkfifo(stored)
+    assert found() is None
+    stored.unlink()
+    stored.write_text(kept)
+    with monkeypatch.context() as patch:  # another user has stored it, who is not root
+        if os.getuid() == 0:
+            os.chown(stored, 1, 1)
+        patch.setattr(os, "geteuid", lambda: 2)
+        assert found() is None
+    stored.unlink()
+    stored.write_text(kept)
+
     (tmp_path / "large.bin").write_bytes((tmp_path / "large.bin").read_bytes())
     assert found() is None  # it may have changed
+    now = (tmp_path / "large.bin").stat()
+    identity = [now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino]
+    stored.write_text(json.dumps({"sha256": expected, "files": [identity]}))
+    for later, known in ((10**7, None), (10**9, expected)):  # a file may change again within a tick of the clock
+        os.utime(stored, ns=(0, now.st_ctime_ns + later))
+        assert found() == known
+
+
+def test_the_hash_is_computed_once(corpus, tmp_path, monkeypatch, capsys):
+    for end in (".bin", ".idx"):
+        shutil.copy(f"{corpus}{end}", tmp_path / f"large{end}")
+    time.sleep(0.2)  # a file may change within a tick of the clock, so a hash right after a change is not trusted
+    expected = data.hash_once(IndexedTokens(tmp_path / "large"))
+    assert expected == hashlib.sha256((tmp_path / "large.bin").read_bytes()).hexdigest()
+    monkeypatch.setattr(IndexedTokens, "tokens_sha256", lambda self: pytest.fail("hashed again"))
+    assert data.hash_once(IndexedTokens(tmp_path / "large")) == expected
+    monkeypatch.undo()
+
+    (tmp_path / "large.sha256.json").unlink()
+    (tmp_path / "large.sha256.json").mkdir()  # a rename onto it fails, also for root
+    assert data.hash_once(IndexedTokens(tmp_path / "large")) == expected
+    note = capsys.readouterr().err
+    assert note.startswith(f"note: {tmp_path}/large.sha256.json cannot be written")
+    assert note.count("\n") == 1
 
 
 def test_reader_that_closes_the_pipe(golden):
