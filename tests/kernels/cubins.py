@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -123,7 +123,11 @@ def modules() -> list[str]:
 
 
 def kernels(module: str, arch: int) -> dict[str, Shipped]:
+    """The shipped kernels of a module by name. Those with matmuls in bf16 are listed for fp16 as well."""
     listed = importlib.import_module(module).shipped(80 if arch == AMD else arch)
+    for kernel in [kernel for kernel in listed if kernel.products and "bf16" in str(kernel.signature)]:
+        types = {argument: type.replace("bf16", "fp16") for argument, type in kernel.signature.items()}
+        listed.append(replace(kernel, name=f"{kernel.name}, fp16", signature=types))
     by_name = {kernel.name: kernel for kernel in listed}
     if len(by_name) < len(listed):
         raise ValueError(f"two kernels of {module} have the same name")
