@@ -202,6 +202,7 @@ class Saver:
         self.copied.set()
         if not self.dist.is_main:
             return {}
+        self.check()
         needed = self.config.parameters * (self.export.dtype.itemsize + 3 * 4)  # bytes: the model; weights and moments
         needed += 2**24  # small files
         if (free := shutil.disk_usage(self.run).free) < needed:
@@ -209,7 +210,6 @@ class Saver:
                 f"no room for {final}: it needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
                 f"nothing was written, make room and run the same command again"
             )
-        self.check()
         temporary.mkdir()  # no parents=True: if the file system was unmounted, fail instead of writing elsewhere
         (temporary / "state").mkdir()
         return {"temporary": temporary.name}
