@@ -105,7 +105,9 @@ def run(s: Settings, dist: Dist, stack: ExitStack) -> int:
     record = announce_start(s, run_dir, fingerprint, check_lock, start, stop, dist)
     stop_signal, watchdog = StopSignal(), stack.enter_context(Watchdog(dist, s.timeout))
     log = StepLog(s, old, start, dist, stack)
-    saver = open_saver(s, run_dir, trainer, watchdog, record, [check_lock, log.check], stack)
+
+    checks = [lambda step: check_lock(), log.check]
+    saver = open_saver(s, run_dir, trainer, watchdog, record, checks, stack)
 
     def save(step: int) -> None:
         watchdog.heartbeat(step, "saving")
@@ -326,7 +328,7 @@ def open_saver(
     CPU: there others compute in float32, and bf16 weights would change their logits.
 
     record: the content of run.json, on the main rank. Manifests get what decides the weights and nothing else, so that
-    equal runs in two directories have equal files. checks: called there before a checkpoint gets its name.
+    equal runs in two directories have equal files. checks: called there with the step before it gets its name.
     """
     model, dist = trainer.model, trainer.dist
     dtype = torch.float32 if (dist.device.type, s.precision) == ("cpu", "bf16") else model.compute_dtype
@@ -336,7 +338,7 @@ def open_saver(
         kept = {name: value for name, value in record["settings"].items() if name in FIXED | {"data", "micro_batch"}}
         data_without_times = {name: value for name, value in record["data"].items() if name != "modified_ns"}
         options["record"] = {"settings": kept, "data": data_without_times}
-    options["check"] = lambda: [check() for check in checks]
+    options["check"] = lambda step: [check(step) for check in checks]
     saver = Saver(run_dir, model, trainer.optimizer, dist, export, **options)
     stack.callback(saver.wait)
     return saver
@@ -403,7 +405,7 @@ class StepLog:
         metrics = partial(Metrics, old, start, s.steps, loggers, asdict(s))
         self.metrics = dist.run_on_main(lambda: stack.enter_context(metrics()))
         self.profile_step = stack.enter_context(profiler(Path(s.out), start, s.profile, dist.rank))
-        self.failure: UserError | None = None  # why a record could not be written
+        self.failure: tuple[int, UserError] | None = None  # a step whose record could not be written, and why
         self.steps_are_long = True  # nothing is known of the first step
 
     def record(self, step: int, batch: Batch, own: tuple, seconds: float, loss_scale: float, **values: float) -> tuple:
@@ -417,7 +419,7 @@ class StepLog:
         stopping, save_failed, data_seconds, compute_seconds, log_failed = gathered.T
         digests = self.dist.all_gather(batch.digests)  # [world_size, micro_steps, micro_batch, 32]
         if log_failed.any():
-            self.dist.run_on_main(self.check)
+            self.dist.run_on_main(lambda: self.check(step))
         self.steps_are_long = compute_seconds.max().item() > LONG_STEP
         if self.metrics:
             tokens_per_s = self.tokens_per_step / seconds
@@ -442,12 +444,12 @@ class StepLog:
             self.old.check_batch(values["step"], values["batch_sha256"])
             self.metrics.record(**values)
         except UserError as error:
-            self.failure = error
+            self.failure = values["step"], error
 
-    def check(self) -> None:
-        """On the main rank: make the records durable. Raises UserError if one could not be written."""
-        if self.failure:
-            raise self.failure
+    def check(self, step: int) -> None:
+        """On the main rank: make the records before `step` durable. Raises UserError if one could not be written."""
+        if self.failure and self.failure[0] < step:
+            raise self.failure[1]
         self.metrics.sync()
 
 

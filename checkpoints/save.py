@@ -40,9 +40,9 @@ class Saver:
     """Saves checkpoints in a background thread, one at a time. Every rank must make the same calls.
 
     The newest `keep_state` checkpoints keep their state. The thread calls heartbeat(step, doing) at the start of every
-    stage, on all ranks. On the main rank it calls check() before it creates, renames or removes a directory: check
-    raises UserError if `run` is not the directory any more that the run has locked. `record`, which must be JSON, is
-    written to every manifest: recover_record reads it if run.json is damaged.
+    stage, on all ranks. On the main rank it calls check(step) before it creates, renames or removes a directory:
+    check raises UserError if `run` is not the directory any more that the run has locked. `record`, which must be JSON,
+    is written to every manifest: recover_record reads it if run.json is damaged.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Saver:
         export: Export,
         keep_state: int = 2,
         heartbeat: Callable[[int, str], None] = lambda step, doing: None,
-        check: Callable[[], None] = lambda: None,
+        check: Callable[[int], None] = lambda step: None,
         record: dict | None = None,
     ):
         run.mkdir(parents=True, exist_ok=True)
@@ -164,14 +164,14 @@ class Saver:
             if self.stream:
                 torch.cuda.set_device(self.dist.device)  # a new thread starts with device 0
             self.heartbeat(step, "copying weights and moments")
-            begun = self._together(lambda: self._begin(final, temporary, tensors), complaint)
+            begun = self._together(step, lambda: self._begin(final, temporary, step, tensors), complaint)
             temporary = self.run / begun["temporary"]  # of rank 0: nobody can guess its name
             for doing, stage in stages.items():
                 self.heartbeat(step, doing)
-                files |= self._together(stage, complaint)
+                files |= self._together(step, stage, complaint)
             self.dist.print(f"saved {final}")
             self.heartbeat(step, "dropping older state")
-            self._together(lambda: self._drop(step), f"{final} is saved, but older state cannot be removed")
+            self._together(step, lambda: self._drop(step), f"{final} is saved, but older state cannot be removed")
         except BaseException as error:  # finish() raises it
             self.error = error
             if isinstance(error, UserError) and self.dist.is_main:
@@ -179,11 +179,16 @@ class Saver:
         finally:
             self.copied.set()
 
-    def _together(self, stage: Callable[[], dict | None], complaint: str) -> dict:
+    def _together(self, step: int, stage: Callable[[], dict | None], complaint: str) -> dict:
         """Run a stage on all ranks. Returns their results, merged; raises UserError on all if one failed."""
         result, failure = None, None
         try:
-            result = stage()
+            try:
+                result = stage()
+            except OSError:
+                if self.dist.is_main:
+                    self.check(step)  # raises if the run directory was moved, which explains the error
+                raise
         except UserError as error:
             failure = str(error)
         except Exception as error:
@@ -195,14 +200,14 @@ class Saver:
                 raise UserError(failure)
         return {file: entry for result, _ in outcomes for file, entry in result.items()}
 
-    def _begin(self, final: Path, temporary: Path, tensors: dict[str, Tensor | None]) -> dict:
+    def _begin(self, final: Path, temporary: Path, step: int, tensors: dict[str, Tensor | None]) -> dict:
         """Take the snapshot. The main rank checks the free space, creates the temporary directory and returns its
         name."""
         self._copy(tensors)
         self.copied.set()
         if not self.dist.is_main:
             return {}
-        self.check()
+        self.check(step)
         needed = self.config.parameters * (self.export.dtype.itemsize + 3 * 4)  # bytes: the model; weights and moments
         needed += 2**24  # small files
         if (free := shutil.disk_usage(self.run).free) < needed:
@@ -270,7 +275,7 @@ class Saver:
         flush(temporary / "state")
         files = dict(sorted(files.items()))
         write_manifest(temporary, {"format": FORMAT, "step": step, **self.manifest, "files": files})
-        self.check()
+        self.check(step)
         if final.exists():  # the same step is saved again
             final.rename(_aside(final))
         temporary.rename(final)
@@ -280,7 +285,7 @@ class Saver:
     def _drop(self, step: int) -> None:
         """Remove the state of older checkpoints."""
         if self.dist.is_main:
-            self.check()
+            self.check(step)
             drop_old_state(self.run, step, self.keep_state)
 
 

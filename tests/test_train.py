@@ -15,6 +15,7 @@ import time
 import types
 from dataclasses import fields, replace
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ import settings
 import train
 from checkpoint import verify
 from checkpoints import manifest
+from checkpoints.save import Saver
 from corpus.order import Order
 from model import SIZES, Pythia
 from model.huggingface import load, save
@@ -706,8 +708,12 @@ def at_step(monkeypatch, step: int, event) -> None:
 
 @pytest.mark.parametrize(("step", "newest"), [(5, 4), (7, 4)])
 def test_metrics_on_a_full_disk(step, newest, run, monkeypatch, tmp_path):
-    """The run ends in the next step, or when it would save: no checkpoint covers a record that is not there."""
+    """The run ends in the next step, or when it would save: no checkpoint covers a record that is not there.
+
+    The checkpoint that is written at this time needs only earlier records: it is completed.
+    """
     opened, real = [], Metrics.__init__
+    failed, record, complete = Event(), Metrics.record, Saver._complete
 
     def remember(self, *arguments):
         real(self, *arguments)
@@ -717,7 +723,21 @@ def test_metrics_on_a_full_disk(step, newest, run, monkeypatch, tmp_path):
         old, opened[0].file = opened[0].file, Path("/dev/full").open("ab")  # noqa: SIM115 (closed by Metrics)
         opened[0].file.fileno = old.fileno  # what was written before can still be flushed
 
+    def record_and_tell(*arguments, **values):
+        try:
+            record(*arguments, **values)
+        except UserError:
+            failed.set()
+            raise
+
+    def complete_late(saver, final, *arguments):
+        if final.name == "step4" and step == 5:
+            assert failed.wait(60)
+        return complete(saver, final, *arguments)
+
     monkeypatch.setattr(Metrics, "__init__", remember)
+    monkeypatch.setattr(Metrics, "record", record_and_tell)
+    monkeypatch.setattr(Saver, "_complete", complete_late)
     at_step(monkeypatch, step, fill)
     with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written \(No space left on device\): make it"):
         run("--micro-batch", "4")
@@ -730,6 +750,8 @@ def test_a_run_directory_that_is_replaced_while_it_is_used(run, monkeypatch, tmp
     directory, moved = tmp_path / "run", tmp_path / "moved"
 
     def replace_directory() -> None:
+        while not (directory / "step4").exists():  # a thread writes it
+            time.sleep(0.01)
         directory.rename(moved)
         directory.mkdir()
         (directory / "thesis.tex").write_text("precious")

@@ -469,7 +469,8 @@ def test_a_run_directory_that_was_replaced(run, world, failing_call):
     """The check runs on the main rank before a directory is created, renamed, or loses its state. All ranks fail."""
     calls = []
 
-    def check():
+    def check(step):
+        assert step == 3
         calls.append(sorted(path.name for path in run.iterdir()))
         if len(calls) == failing_call:
             raise UserError(f"{run} is not the directory that this run has locked")
