@@ -10,6 +10,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +18,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -75,6 +77,37 @@ class Tally:
         """Report, and fail if there was a bad outcome."""
         self.report()
         assert not self.failures, "\n".join([f"{len(self.failures)} failures", *self.failures[:40]])
+
+
+def play(part: str, case: Callable[[int], tuple[str, str]], cases: int) -> Tally:
+    """The outcomes of case(0), case(1), ..., two at a time."""
+    tally = Tally(part)
+    with ThreadPoolExecutor(2) as threads:
+        for found, why in threads.map(case, range(cases)):
+            tally.add(found, why)
+    return tally
+
+
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def replace(path: Path, kind: str) -> None:
+    """Put something else in the place of a file: "nothing", "directory", "fifo", "itself" (a link), "1 TB" of zeros, or
+    a link to a path such as /dev/zero."""
+    remove(path)
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "1 TB":
+        path.touch()
+        os.truncate(path, 10**12)
+    elif kind != "nothing":
+        path.symlink_to(path if kind == "itself" else kind)
 
 
 def error_line(output: str) -> str | None:

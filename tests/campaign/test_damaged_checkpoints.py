@@ -8,23 +8,22 @@ that fits their hostile content. They may be accepted if that does no harm.
 
 import hashlib
 import json
-import os
 import random
 import re
 import shutil
 import stat
 import subprocess
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import records
-from harness import ROOT, Tally, error_line, folder_in_memory, scaled, shared_server
+from harness import ROOT, error_line, folder_in_memory, play, replace, scaled, shared_server
 
 CASES = 2000
+REPLACEMENTS = ["nothing", "directory", "fifo", "/dev/zero", "/proc/self/mem", "/proc/kmsg", "itself", "1 TB"]
 STEPS = 3
 FLAGS = ["--size", "14m", "--steps", STEPS, "--batch-size", 2, "--seq-len", 16, "--lr", 1e-2, "--keep-state", STEPS + 1]
 
@@ -145,28 +144,6 @@ def nonsense(raw: bytes, rng: random.Random) -> bytes:
     return rng.choice(TEXTS).encode("latin-1")
 
 
-def remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def replace(path: Path, rng: random.Random) -> None:
-    """A directory, a pipe, a device, nothing, or a file of absurd size."""
-    remove(path)
-    kind = rng.choice(["nothing", "directory", "fifo", "/dev/zero", "/proc/self/mem", "/proc/kmsg", "itself", "1 TB"])
-    if kind == "directory":
-        path.mkdir()
-    elif kind == "fifo":
-        os.mkfifo(path)
-    elif kind == "1 TB":
-        path.touch()
-        os.truncate(path, 10**12)
-    elif kind != "nothing":
-        path.symlink_to(path if kind == "itself" else kind)
-
-
 def contents(directory: Path) -> dict[str, object]:
     """Every file below a directory, by its path there: its bytes, or its kind if it cannot be read."""
     found = {}
@@ -196,7 +173,7 @@ def damage_file(run: Path, step: Path, rng: random.Random) -> str:
 
 def replace_file(run: Path, step: Path, rng: random.Random) -> str:
     name = rng.choice([*names(step), "manifest.json", "state", ""])
-    replace(step / name, rng)
+    replace(step / name, rng.choice(REPLACEMENTS))
     return f"replace {name or step.name}"
 
 
@@ -268,7 +245,7 @@ def damage_metrics(run: Path, step: Path, rng: random.Random) -> str:
     path.write_text("".join(lines))
     raw = path.read_bytes()
     if kind == "replace":
-        replace(path, rng)
+        replace(path, rng.choice(REPLACEMENTS))
     elif kind in ("cut", "empty", "zeros", "utf-8", "nonsense"):
         at = rng.randrange(raw.index(b"\n", raw.index(b"\n") + 1))
         changed = {
@@ -285,7 +262,7 @@ def damage_run_json(run: Path, step: Path, rng: random.Random) -> str:
     path = run / rng.choice(["run.json", "run.json", ".lock"])
     change = rng.choice([flip, zero, resize, nonsense, edit, replace])
     if change is replace or not path.read_bytes():
-        replace(path, rng)
+        replace(path, rng.choice(REPLACEMENTS))
     else:
         path.write_bytes(change(path.read_bytes(), rng) if path.name != ".lock" else b"\xff\0\x1b[2J")
     return f"{path.name}: {change.__name__}"
@@ -329,13 +306,6 @@ class Campaign:
 
     def read_answers(self, output: str) -> dict:
         return dict(json.loads(line) for line in output.splitlines() if line.startswith('["'))
-
-    def play(self, cases: int, seed: int, part: str) -> Tally:
-        tally = Tally(part)
-        with ThreadPoolExecutor(2) as threads:
-            for found, why in threads.map(partial(self.case, seed), range(cases)):
-                tally.add(found, why)
-        return tally
 
     def case(self, seed: int, number: int) -> tuple[str, str]:
         rng, run = random.Random(f"{seed} {number}"), self.folder / f"case{number}"
@@ -413,7 +383,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.mark.parametrize("cases", [20, pytest.param(scaled(CASES), marks=pytest.mark.slow)])
 def test_damaged_runs(cases, corpus, folder):
-    Campaign(corpus, folder).play(cases, 1, "checkpoints").check()
+    play("checkpoints", partial(Campaign(corpus, folder).case, 1), cases).check()
 
 
 # The harness finds what it is meant to find.
@@ -421,5 +391,5 @@ def test_damaged_runs(cases, corpus, folder):
 
 def test_a_trainer_that_does_not_verify_is_caught(corpus, folder):
     fault = "checkpoints.manifest.verify_checkpoint = checkpoints.resume.verify_checkpoint = lambda *_: []"
-    tally = Campaign(corpus, folder, fault).play(12, 2, "broken")
+    tally = play("broken", partial(Campaign(corpus, folder, fault).case, 2), 12)
     assert tally.counts["wrong"] + tally.counts["tracebacks"] > 2

@@ -6,10 +6,8 @@ data set: then a run that was started with the first one must refuse it.
 """
 
 import json
-import os
 import random
 import resource
-import shutil
 import signal
 import struct
 from collections import Counter
@@ -19,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import Tally, folder_in_memory, scaled
+from harness import Tally, folder_in_memory, remove, replace, scaled
 from megatron import cut_into_shards, write_data
 
 import data
@@ -28,6 +26,7 @@ from corpus.order import Order, describe
 from runtime.errors import UserError
 
 CASES = 100_000
+REPLACEMENTS = ["nothing", "directory", "fifo", "/dev/zero", "/dev/tty", "/proc/self/mem", "itself", "1 TB"]
 SEQ_LEN, SAMPLES, SEED = 8, 16, 1234
 HEADER = 34  # bytes
 TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
@@ -99,13 +98,6 @@ class DataSet:
                 remove(path)
         for path, content in self.files.items():
             path.write_bytes(content)
-
-
-def remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def open_rows(path: Path) -> data.Rows:
@@ -196,21 +188,6 @@ def big_endian(raw: bytes, n: int, rng: random.Random) -> bytes:
     return header + arrays + np.frombuffer(raw[HEADER + 4 * n :], "<i8").byteswap().tobytes()
 
 
-def replace(path: Path, rng: random.Random) -> None:
-    """A directory, a pipe, a device, nothing, or a file of absurd size."""
-    remove(path)
-    kind = rng.choice(["nothing", "directory", "fifo", "/dev/zero", "/dev/tty", "/proc/self/mem", "itself", "1 TB"])
-    if kind == "directory":
-        path.mkdir()
-    elif kind == "fifo":
-        os.mkfifo(path)
-    elif kind == "1 TB":
-        path.touch()
-        os.truncate(path, 10**12)
-    elif kind != "nothing":
-        path.symlink_to(path if kind == "itself" else kind)
-
-
 def damage_cache(s: DataSet, rng: random.Random) -> None:
     """The stored order, as another user or a failing disk could leave it."""
     open_rows(s.path)
@@ -256,7 +233,7 @@ def damage(s: DataSet, rng: random.Random) -> str:
         path = rng.choice([path for path, content in s.files.items() if path != s.index and content])
         path.write_bytes(flip(s.files[path], rng))
     elif kind == "replace":
-        replace(rng.choice([*s.files]), rng)
+        replace(rng.choice([*s.files]), rng.choice(REPLACEMENTS))
     else:
         damage_cache(s, rng)
     return kind

@@ -12,13 +12,12 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import records
-from harness import Server, Tally, Trainer, error_line, folder_in_memory, scaled
+from harness import Server, Trainer, error_line, folder_in_memory, play, scaled
 from test_faults import assert_whole, checkpoints
 
 CASES = 200
@@ -102,13 +101,6 @@ class Campaign:
         else:
             shutil.rmtree(folder)
         return calls
-
-    def play(self, cases: int, seed: int, part: str) -> Tally:
-        tally = Tally(part)
-        with ThreadPoolExecutor(2) as threads:
-            for found, why in threads.map(partial(self.case, seed), range(cases)):
-                tally.add(found, why)
-        return tally
 
     def case(self, seed: int, number: int) -> tuple[str, str]:
         """One failing call. Returns its outcome."""
@@ -212,7 +204,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.mark.parametrize("cases", [6, pytest.param(scaled(CASES), marks=pytest.mark.slow)])
 def test_io_errors(cases, server, shim, corpus, folder):
-    Campaign(server, shim, corpus, folder).play(cases, 1, "I/O errors").check()
+    play("I/O errors", partial(Campaign(server, shim, corpus, folder).case, 1), cases).check()
 
 
 # The harness finds what it is meant to find.
@@ -242,5 +234,5 @@ def run_command(main):
 @pytest.mark.parametrize(("fault", "outcome"), [(IGNORED, "wrong"), (NOT_CAUGHT, "tracebacks")], ids=["fsync", "all"])
 def test_a_trainer_that_ignores_errors_is_caught(fault, outcome, server, shim, corpus, folder, monkeypatch):
     monkeypatch.setattr("test_io_errors.ERRORS", {"fsync": FULL})
-    tally = Campaign(server, shim, corpus, folder, fault).play(4, 1, "broken")
+    tally = play("broken", partial(Campaign(server, shim, corpus, folder, fault).case, 1), 4)
     assert tally.counts[outcome] > 0
