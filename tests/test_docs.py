@@ -1,9 +1,9 @@
 """README.md and docs/: every path that they name exists, and every flag is one of the command it is given to."""
 
+import json
 import re
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -32,13 +32,29 @@ def commands(page: Path) -> set[tuple[str, str, str]]:
     return {(name, sub.strip(), flag) for name, sub, rest in found for flag in re.findall(r"--[a-z][a-z-]+", rest)}
 
 
-@cache
-def help_of(name: str, sub: str) -> str:
-    start = [name] if name.endswith(".py") else ["-m", name]
-    command = [sys.executable, *start, *filter(None, [sub]), "--help"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+HELP = """
+import contextlib, io, json, runpy, sys
+
+texts = []
+for name, sub in json.loads(sys.argv[1]):
+    sys.argv = list(filter(None, [name, sub, "--help"]))
+    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
+        (runpy.run_path if name.endswith(".py") else runpy.run_module)(name, run_name="__main__")
+    texts.append(printed.getvalue())
+print(json.dumps(texts))
+"""
+
+
+@pytest.fixture(scope="module")
+def help_of() -> dict[tuple[str, str], str]:
+    """What `--help` prints, by (script or module, its subcommand). One process asks all: imports take seconds."""
+    names = [("train.py", ""), ("data.py", "prepare"), ("torch.distributed.run", "")]
+    names = sorted({*names, *((name, sub) for page in PAGES for name, sub, _ in commands(page))})
+    ask = [sys.executable, "-c", HELP, json.dumps(names)]
+    run = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    texts = dict(zip(names, json.loads(run.stdout), strict=True))
+    assert [name for name, text in texts.items() if not text.startswith("usage: ")] == []
+    return texts
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -47,15 +63,15 @@ def test_paths_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_flags_exist(page):
-    unknown = [c for c in sorted(commands(page)) if not re.search(rf"{c[2]}(?![\w-])", help_of(*c[:2]))]
+def test_flags_exist(page, help_of):
+    unknown = [c for c in sorted(commands(page)) if not re.search(rf"{c[2]}(?![\w-])", help_of[c[:2]])]
     assert unknown == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_flags_without_a_command_exist(page):
+def test_flags_without_a_command_exist(page, help_of):
     """`--bitwise` alone, as a sentence names it: a flag of train.py, data.py or torchrun."""
-    known = help_of("train.py", "") + help_of("data.py", "prepare") + help_of("torch.distributed.run", "")
+    known = "".join(help_of[name] for name in (("train.py", ""), ("data.py", "prepare"), ("torch.distributed.run", "")))
     known = known.replace("_", "-")
     flags = re.findall(r"`(--[a-z-]+)", page.read_text())
     assert [flag for flag in flags if not re.search(rf"{flag}(?![\w-])", known)] == []
