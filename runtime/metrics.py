@@ -197,7 +197,7 @@ def wandb_id(run: Path) -> str:
 
 
 def open_logger(name: str, run: Path, settings: dict) -> Callable[[dict], None]:
-    """A function that sends one record to TensorBoard (RUN/tensorboard) or Weights & Biases."""
+    """A function that sends one record to TensorBoard (RUN/tensorboard) or Weights & Biases. Raises UserError."""
     library = import_logger(name)
 
     def scalars(record: dict) -> dict:
@@ -209,7 +209,11 @@ def open_logger(name: str, run: Path, settings: dict) -> Callable[[dict], None]:
                 writer.add_scalar(key, value, record["step"])
 
     if name == "wandb":
-        library.init(project="tripod", name=run.name, id=wandb_id(run), dir=run, config=settings, resume="allow")
+        options = {"name": run.name, "id": wandb_id(run), "dir": run, "config": settings, "resume": "allow"}
+        try:
+            library.init(project="tripod", **options)
+        except Exception as error:  # no key, no network: errors of wandb and of its libraries
+            raise UserError(f"--log wandb: {error}; WANDB_MODE=offline keeps the curves in {run}/wandb") from None
         return lambda record: library.log(scalars(record), step=record["step"])
     with one_line_errors(run / "tensorboard"):
         writer = library.SummaryWriter(run / "tensorboard")

@@ -927,6 +927,13 @@ def test_every_run_has_its_own_curves_at_wandb(run, monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"b/run/wandb-id is damaged: delete it"):
         run("--log", "wandb", out="b/run")
 
+    def no_key(**options):
+        raise RuntimeError("api_key not configured")
+
+    wandb.init = no_key
+    with pytest.raises(UserError, match=r"--log wandb: api_key not configured; WANDB_MODE=offline"):
+        run("--log", "wandb", out="c/run")
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only glibc has mallopt")
 def test_freed_memory_is_reused():
