@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 
 import data
+from checkpoints.branch import inherited_settings
 from data import DEFAULTS
 from kernels import backend
 from model import SIZES
@@ -54,6 +55,9 @@ class Settings:
     verbose: bool = setting(False, "with --plan: also memory by setting, FLOPs, and the days of all sizes", False)
     seed: int = setting(DEFAULTS["seed"], "seed of the initial weights and of the data order")
     init_from: str = setting("", "start from the weights of this Hugging Face directory instead of random weights")
+    branch: str = setting(
+        "", "start from weights, moments and counters of this checkpoint, RUN/stepN, with its settings; needs --out"
+    )
     steps: int = setting(DEFAULTS["steps"], "optimizer steps; the learning-rate schedule spans them")
     stop_at: int = setting(0, "pause after this many steps and save a checkpoint", False)
     batch_size: int = setting(DEFAULTS["batch_size"], "rows of one optimizer step, over all ranks")
@@ -101,6 +105,7 @@ def parse(arguments: list[str]) -> Settings:
     """The settings of a command line with every default resolved. Raises UserError for settings that cannot work."""
     parser = Parser("train.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.epilog = "The same command again resumes a run."
+    inherited = inherit(arguments)
     for f in fields(Settings):
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
         options = {"help": f.metadata["help"], "default": f.default, **kind, **f.metadata["options"]}
@@ -108,9 +113,12 @@ def parse(arguments: list[str]) -> Settings:
             options["help"] += " (default: %(default)s)"
         if f.type is not bool and "choices" not in options:
             options.setdefault("metavar", {int: "N", float: "X", str: "NAME"}[f.type])
+        if f.name in inherited:
+            options["required"] = False
         parser.add_argument(flag(f.name), **options)
     if "--demo" in arguments:
         parser.set_defaults(**DEMO)
+    parser.set_defaults(**inherited)
     s = Settings(**vars(parser.parse_args(arguments)))
 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -124,6 +132,27 @@ def parse(arguments: list[str]) -> Settings:
         s.recompute = "none" if s.recompute == "auto" else s.recompute
     check(s, world_size)
     return s
+
+
+def inherit(arguments: list[str]) -> dict:
+    """The defaults that --branch takes from the parent; {} without --branch. Raises UserError."""
+    parser = Parser("train.py", add_help=False)
+    parser.add_argument("--branch", default="")
+    parser.add_argument("--out", default="")
+    given, _ = parser.parse_known_args(arguments)
+    if not given.branch:
+        return {}
+    if not given.out:
+        raise UserError("--branch needs --out: the new run has a directory of its own")
+    recorded, taken = inherited_settings(given.branch, given.out), {}
+    for f in fields(Settings):
+        if f.name not in FIXED | {"data", "micro_batch"} or f.name not in recorded:
+            continue
+        value, choices = recorded[f.name], f.metadata["options"].get("choices")
+        if type(value) is not f.type or (choices and value not in choices):
+            raise UserError(f"--branch {given.branch}: its manifest has {f.name} {str(value)[:100]!r}")
+        taken[f.name] = value
+    return taken | {"init_from": ""}
 
 
 def default_precision(s: Settings, on_gpus: bool) -> str:
@@ -157,6 +186,8 @@ def check(s: Settings, world_size: int) -> None:
         if getattr(s, name) < 0:
             raise UserError(f"{flag(name)} must be a number of steps, not {getattr(s, name)}")
     extra_steps(s)
+    if s.branch and s.init_from:
+        raise UserError("--branch and --init-from both say where the weights come from: leave one out")
     if s.bitwise and s.shard in ("none", "hybrid"):
         raise UserError(f"--bitwise divides weights among all ranks: use --shard auto, grad or full, not {s.shard}")
     if not 0 <= s.stop_at <= s.steps:

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 import data
+from checkpoints.branch import Parent, read_parent
 from checkpoints.manifest import clean_up, steps_with_state
 from checkpoints.resume import latest_valid_step, recover_record, restore
 from checkpoints.save import Saver
@@ -41,6 +42,7 @@ from runtime.host import StopSignal, reuse_freed_memory
 from runtime.metrics import Metrics, OldRecords, profiler, read_records
 from runtime.ranks import Dist, end_dist, init_dist, lost_contact
 from runtime.run_directory import (
+    DAMAGE,
     check_same_run,
     lock,
     read_run,
@@ -93,28 +95,26 @@ def run(s: Settings, dist: Dist, stack: ExitStack) -> int:
     """Train, from the newest checkpoint if there is one. Returns the exit status; `stack` closes what the run opens."""
     run_dir, rows = Path(s.out), open_rows(s, dist)
     fingerprint, check_lock = claim_run_directory(run_dir, s, rows, dist, stack)
-    saved = latest_valid_step(run_dir, dist)  # None: no checkpoint yet
-    start, stop = saved or 0, s.stop_at or s.steps
+    checkpoint, start, parent = starting_point(s, run_dir, fingerprint, dist)
+    stop = s.stop_at or s.steps
     if start >= stop:
         announce_end(s, run_dir, start, dist)
         return 0
     read = partial(read_batch, s, rows, dist)
-    old = check_old_records(run_dir, start, read, dist)  # before anything is written
+    old = check_old_records(run_dir, start, parent, read, dist)  # before anything is written
 
-    trainer, updates, scaler = build(s, dist, run_dir, saved)
-    record = announce_start(s, run_dir, fingerprint, check_lock, start, stop, dist)
+    trainer, updates, scaler = build(s, dist, checkpoint, verified=parent is None)
+    record = announce_start(s, run_dir, fingerprint, parent, check_lock, start, stop, dist)
     stop_signal, watchdog = StopSignal(), stack.enter_context(Watchdog(dist, s.timeout))
     log = StepLog(s, old, start, dist, stack)
-
-    checks = [lambda step: check_lock(), log.check]
-    saver = open_saver(s, run_dir, trainer, watchdog, record, checks, stack)
+    saver = open_saver(s, run_dir, trainer, watchdog, record, [lambda step: check_lock(), log.check], stack)
 
     def save(step: int) -> None:
         watchdog.heartbeat(step, "saving")
         saver.save(step, {"updates": updates, "scaler": scaler and vars(scaler)})
 
-    if saved is None:
-        save(0)
+    if checkpoint is None or parent:
+        save(start)
     loader, extra = stack.enter_context(Loader(read, start, stop, dist.device)), extra_steps(s)
 
     made = saved = start  # finished steps, and how many of them the newest checkpoint has
@@ -223,7 +223,31 @@ def claim_run_directory(
     return fingerprint, dist.run_on_main(claim) or (lambda: None)
 
 
-def check_old_records(run_dir: Path, start: int, read: Callable[[int], np.ndarray], dist: Dist) -> OldRecords | None:
+def starting_point(s: Settings, run_dir: Path, fingerprint: dict, dist: Dist) -> tuple[Path | None, int, Parent | None]:
+    """The checkpoint to start from (None: initial weights), its step, and the parent if a branch starts.
+
+    Raises UserError if the parent has other data, or settings that a branch cannot change.
+    """
+    saved = latest_valid_step(run_dir, dist)
+    if saved is not None or not s.branch:
+        return (None, 0, None) if saved is None else (run_dir / f"step{saved}", saved, None)
+    parent = read_parent(Path(s.branch))
+    changed = parent.differences(asdict(s))
+    if s.precision == "fp16" != parent.settings.get("precision"):
+        raise UserError(f"--precision fp16 needs a loss scale, which {parent.directory} lacks: leave it out")
+    try:
+        other_data = data.fingerprint_differences(parent.data, fingerprint)
+    except DAMAGE as error:
+        raise UserError(f"--branch {s.branch}: its manifest is damaged ({error!r})") from None
+    if other_data:
+        raise UserError(f"--data {s.data} is not the data of {s.branch}: {', '.join(other_data)}")
+    dist.print(f"a branch of {s.branch}" + (f" with other settings: {', '.join(changed)}" if changed else ""))
+    return parent.directory, parent.step, parent
+
+
+def check_old_records(
+    run_dir: Path, start: int, parent: Parent | None, read: Callable[[int], np.ndarray], dist: Dist
+) -> OldRecords | None:
     """The old records of metrics.jsonl, on the main rank. Their hashes show whether the data is still that of the run.
 
     Raises UserError if records are missing or damaged, if the batch of the last step or of the next one is not the one
@@ -231,8 +255,10 @@ def check_old_records(run_dir: Path, start: int, read: Callable[[int], np.ndarra
     """
 
     def read_old() -> OldRecords:
-        starts = [entry["step"] for entry in read_run(run_dir)["starts"]] if start else []
-        return read_records(run_dir / "metrics.jsonl", start, starts)
+        stored = read_run(run_dir) if start and not parent else {"starts": []}
+        first = parent.step if parent else stored.get("parent", {}).get("step", 0)
+        starts = [entry["step"] for entry in stored["starts"]]
+        return read_records(run_dir / "metrics.jsonl", start, starts, first)
 
     old = dist.run_on_main(read_old)
     for step in range(max(start - 1, 0), start + 1):
@@ -250,18 +276,18 @@ def read_batch(s: Settings, rows: data.Rows, dist: Dist, step: int) -> np.ndarra
     return batch
 
 
-def build(s: Settings, dist: Dist, run_dir: Path, saved: int | None) -> tuple[Step, int, LossScaler | None]:
-    """The training step, the number of successful updates and the loss scaler, as checkpoint `saved` has them."""
-    model, gradients = initial_model(s, dist, restored=saved is not None)
+def build(s: Settings, dist: Dist, checkpoint: Path | None, verified: bool) -> tuple[Step, int, LossScaler | None]:
+    """The training step, the number of successful updates and the loss scaler, as the checkpoint has them."""
+    model, gradients = initial_model(s, dist, restored=checkpoint is not None)
     set_recompute(model, s.recompute)
     if s.compile:
         for block in model.blocks:
             block.compile()
     optimizer = make_optimizer(model, s.lr)
     updates, scaler = 0, LossScaler() if s.precision == "fp16" else None
-    if saved is not None:
-        counters = restore(run_dir / f"step{saved}", model, optimizer, dist, verified=True)
-        updates = take_counters(counters, scaler, run_dir / f"step{saved}")
+    if checkpoint:
+        counters = restore(checkpoint, model, optimizer, dist, verified)
+        updates = take_counters(counters, scaler, checkpoint)
     return Step(model, gradients, optimizer, dist), updates, scaler
 
 
@@ -337,7 +363,8 @@ def open_saver(
     if record:
         kept = {name: value for name, value in record["settings"].items() if name in FIXED | {"data", "micro_batch"}}
         data_without_times = {name: value for name, value in record["data"].items() if name != "modified_ns"}
-        options["record"] = {"settings": kept, "data": data_without_times}
+        origin = {"parent": record["parent"]} if "parent" in record else {}
+        options["record"] = {"settings": kept, "data": data_without_times, **origin}
     options["check"] = lambda step: [check(step) for check in checks]
     saver = Saver(run_dir, model, trainer.optimizer, dist, export, **options)
     stack.callback(saver.wait)
@@ -460,13 +487,21 @@ def exit_status(others_were_told: bool) -> int:
 
 
 def announce_start(
-    s: Settings, run_dir: Path, fingerprint: dict, check_lock: Callable[[], None], start: int, stop: int, dist: Dist
+    s: Settings,
+    run_dir: Path,
+    fingerprint: dict,
+    parent: Parent | None,
+    check_lock: Callable[[], None],
+    start: int,
+    stop: int,
+    dist: Dist,
 ) -> dict | None:
     """Record the start in run.json and print it. Returns the content of run.json on the main rank."""
 
     def record() -> dict:
         check_lock()
-        return record_start(run_dir, asdict(s), fingerprint, start, dist)
+        new = {"settings": asdict(s), "data": fingerprint} | ({"parent": parent.record()} if parent else {})
+        return record_start(run_dir, new, start, dist)
 
     content = dist.run_on_main(record)
     dist.print(

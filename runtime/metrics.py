@@ -45,14 +45,14 @@ class OldRecords:
             )
 
 
-def read_records(path: Path, start: int, starts: Collection[int]) -> OldRecords:
+def read_records(path: Path, start: int, starts: Collection[int], first: int = 0) -> OldRecords:
     """Read metrics.jsonl for a run that resumes at step `start`. Nothing is changed.
 
-    The records must be those of steps 0 .. start - 1 in this order. Records of later steps, which the run will make
-    again, and a last line that was cut off, may follow. If the user has moved the file away before, the records begin
-    with a step of `starts`. Raises UserError that names the first wrong line.
+    The records must be those of steps `first` .. start - 1 in this order; `first` is not 0 in a branch. Records of
+    later steps, which the run will make again, and a last line that was cut off, may follow. If the user has moved the
+    file away before, the records begin with a step of `starts`. Raises UserError that names the first wrong line.
     """
-    old, needed = OldRecords(path), f"the checkpoint needs the records of steps 0 to {start - 1}"
+    old, needed = OldRecords(path), f"the checkpoint needs the records of steps {first} to {start - 1}"
     advice = f"{needed}: move the file away to go on without the old records"
     number, following = 0, None  # following: the step that the next line must have
     try:
@@ -66,7 +66,7 @@ def read_records(path: Path, start: int, starts: Collection[int]) -> OldRecords:
                 if step is None:
                     problem = "it is not a JSON object with a step"
                 elif following is None:
-                    problem = "" if step in (0, *starts) else f"the first record is of step {step}"
+                    problem = "" if step in (first, *starts) else f"the first record is of step {step}"
                 else:
                     problem = "" if step == following else f"step {step} follows step {following - 1}"
                 if problem:
@@ -80,13 +80,13 @@ def read_records(path: Path, start: int, starts: Collection[int]) -> OldRecords:
                 if following >= start and isinstance(batch, str):
                     old.batches[step] = batch
     except FileNotFoundError:
-        old.note = f"{path} is missing: the records of steps 0 to {start - 1} are not there" if start else ""
+        old.note = f"{path} is missing: the records of steps {first} to {start - 1} are not there" * (start > first)
         return old
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise UserError(f"{path}: {error}; move it away to go on without the old records") from None
-    if (following or 0) < start:
+    if (first if following is None else following) < start:
         raise UserError(f"{path} ends after line {number}; {advice}")
     return old
 

@@ -149,7 +149,7 @@ def recover_run_file(run: Path, recovered: Callable[[Path], dict | None]) -> Non
         with one_line_errors(path):
             path.rename(aside)
         kept = f" (it is now {aside.name})"
-    _write(path, {"settings": record["settings"], "data": record["data"], "starts": []})
+    _write(path, {name: record[name] for name in ("settings", "data", "parent") if name in record} | {"starts": []})
     tqdm.write(f"{path} {problem}{kept}: it is written again from the newest checkpoint; with a new list of starts")
 
 
@@ -169,7 +169,7 @@ def _load(path: Path) -> dict:
     stored = json.loads(read_small(path, MAX_BYTES))
     if not _is_run(stored):
         raise ValueError("settings or data are missing")
-    if any(type(start["step"]) is not int for start in stored["starts"]):
+    if any(type(start["step"]) is not int for start in (*stored["starts"], stored.get("parent", {"step": 0}))):
         raise ValueError("a start has no step")
     return stored
 
@@ -208,13 +208,14 @@ def recorded_settings(run: Path) -> dict:
         return {}
 
 
-def record_start(run: Path, settings: dict, fingerprint: dict, step: int, dist: Dist) -> dict:
-    """Record in run.json that the run starts, or continues, at this step: settings and data once, every start.
+def record_start(run: Path, new: dict, step: int, dist: Dist) -> dict:
+    """Record in run.json that the run starts, or continues, at this step. A new run begins with the content of `new`:
+    settings, data, and for a branch its parent.
 
     Returns the content of run.json. Raises UserError if it cannot be written.
     """
     path = run / "run.json"
-    stored = read_run(run) if path.exists() else {"settings": settings, "data": fingerprint, "starts": []}
+    stored = read_run(run) if path.exists() else {**new, "starts": []}
     start = {
         "step": step,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

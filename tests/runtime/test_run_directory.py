@@ -187,7 +187,7 @@ def nowhere(run: Path) -> None:
 @pytest.fixture
 def recorded(tmp_path) -> Path:
     """A run directory with a run.json."""
-    record_start(tmp_path, RECORD["settings"], RECORD["data"], 0, Dist())
+    record_start(tmp_path, RECORD, 0, Dist())
     return tmp_path
 
 
@@ -217,7 +217,7 @@ def test_a_damaged_file_without_checkpoints(damage, recorded):
         recover_run_file(recorded, lambda run, useless=useless: useless)
     for use in (
         lambda: check_same_run(recorded, {}, lambda data: []),
-        lambda: record_start(recorded, {}, {}, 1, Dist()),
+        lambda: record_start(recorded, {}, 1, Dist()),
     ):
         with pytest.raises(UserError, match=r"run\.json is damaged \(.*\): choose another --out"):
             use()
@@ -275,6 +275,6 @@ def test_a_disk_that_cannot_be_written(number, recorded, monkeypatch):
     monkeypatch.setattr(os, "fsync", fail)
     expected = rf"run\.json cannot be written \({os.strerror(number)}\): make it writable or make room"
     with pytest.raises(UserError, match=expected):
-        record_start(recorded, RECORD["settings"], RECORD["data"], 4, Dist())
+        record_start(recorded, RECORD, 4, Dist())
     assert contents(recorded) == before
     assert json.loads((recorded / "run.json").read_text())["starts"][0]["step"] == 0
