@@ -25,7 +25,8 @@ from torch import Tensor
 from kernels import tiles
 from kernels.backend import TensorDescriptor, tl, triton, triton_runs
 from kernels.cpu_attention import short_attention, short_attention_runs
-from kernels.rotary import RotateQKV, rotate_qk
+from kernels.linear import linear, matmul
+from kernels.rotary import RotateQKV, rotate_in_place
 
 # ---- reference -------------------------------------------------------------------------------------------------------
 
@@ -37,13 +38,13 @@ def rotary_attention_reference(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 #
-# A tile is a block of positions of one head, [BLOCK, head_dim], held as a tuple of one or two column chunks. Two chunks
-# have two reasons. Tensor cores take powers of two, and padding the 80 columns of Pythia 2.8b to 128 would cost 1.6
-# times the work, so its tiles are (64, 16). Rotating a gradient needs its registers twice, and 256 columns leave no
-# room for that, so these tiles are (128, 128), and only the first chunk is rotated.
+# A tile is a block of positions of one head, [BLOCK, head_dim], held as a tuple of one or two column chunks. Tensor
+# cores take powers of two, and padding the 80 columns of Pythia 2.8b to 128 would cost 1.6 times the work, so its tiles
+# are (64, 16).
 #
-# Kernels read and write tiles through descriptors of tensors [batch, seq, columns], in which the head and q, k or v are
-# a column offset. So v is read from the fused tensor, and the gradient is written to it, without a copy. Past the end
+# Queries and keys are rotated before these kernels run, so d_q and d_k are the gradients of rotated ones. Kernels read
+# and write tiles through descriptors of tensors [batch, seq, columns], in which the head and q, k or v are a column
+# offset. So q, k and v are read from the fused tensor, and the gradient is written to one, without a copy. Past the end
 # of a sequence a descriptor reads zeros and writes nothing. From compute capability 9.0 on, the host makes descriptors,
 # and one instruction (TMA) moves a tile. Before 9.0, the kernel makes them from pointers and constant strides, and they
 # become masked loads (cp.async) and stores. So X_ptr and X_tail_ptr are descriptors, or before 9.0 pointers, of the
@@ -106,33 +107,15 @@ def _accumulate(tile, weights, x):
 
 
 @triton.jit
-def _store_rotated_back(chunks, batch, row, column, tile, cos_ptr, sin_ptr, seq, HALF: tl.constexpr):
-    """Store the tile rotated by the opposite angles. The columns that rotate are in its first chunk."""
-    if len(chunks) == 2:
-        _store((chunks[1],), batch, row, column, (tile[1],))  # first, so that its registers are free for the rotation
-    x = tile[0]
-    positions, columns = row + tl.arange(0, x.shape[0]), tl.arange(0, x.shape[1])
-    partners = tl.where(columns < HALF, columns + HALF, tl.where(columns < 2 * HALF, columns - HALF, columns))
-    y = tl.gather(x, tl.broadcast_to(partners[None, :], x.shape), 1)
-    offsets = positions[:, None] * HALF + (columns % HALF)[None, :]
-    mask = (positions < seq)[:, None] & (columns < 2 * HALF)[None, :]
-    c = tl.load(cos_ptr + offsets, mask, other=1.0)
-    s = tl.load(sin_ptr + offsets, mask, other=0.0)
-    x = x * c + tl.where(columns < HALF, 1.0, -1.0)[None, :] * s * y
-    _store((chunks[0],), batch, row, column, (x,))
-
-
-@triton.jit
 def attention_forward_kernel(
-    q_ptr, q_tail_ptr, k_ptr, k_tail_ptr, v_ptr, v_tail_ptr, out_ptr, out_tail_ptr, lse_ptr, seq,
+    q_ptr, q_tail_ptr, kv_ptr, kv_tail_ptr, out_ptr, out_tail_ptr, lse_ptr, seq,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The output of one block of queries, by the online softmax of Milakov & Gimelshein 2018 (arXiv:1805.02867).
 
-    q_ptr, k_ptr  [batch, seq, HEADS, 2, HEAD_DIM], rotated queries and keys
-    v_ptr         [batch, seq, HEADS, 3, HEAD_DIM], qkv
-    out_ptr       [batch, seq, HEADS, HEAD_DIM], output
-    lse_ptr       [batch, HEADS, seq] float32, output: log-sum-exp of the scores in base 2, log2(e) times the natural
+    q_ptr, kv_ptr  [batch, seq, HEADS, 3, HEAD_DIM], qkv with rotated queries and keys, in tiles of queries and of keys
+    out_ptr        [batch, seq, HEADS, HEAD_DIM], output
+    lse_ptr        [batch, HEADS, seq] float32, output: log-sum-exp of the scores in base 2, log2(e) times the natural
 
     The sum and the output of a row are relative to its largest score so far, and shrink when a larger one appears.
     """
@@ -143,19 +126,18 @@ def attention_forward_kernel(
     start = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_Q  # late queries see the most keys, so they start first
     row = tl.program_id(0) // blocks
     batch, column = row // HEADS, row % HEADS * HEAD_DIM
-    q = _chunks(q_ptr, q_tail_ptr, batch, seq, BLOCK_Q, 2 * WIDTH, HEAD_DIM)
-    k = _chunks(k_ptr, k_tail_ptr, batch, seq, BLOCK_K, 2 * WIDTH, HEAD_DIM)
-    v = _chunks(v_ptr, v_tail_ptr, batch, seq, BLOCK_K, 3 * WIDTH, HEAD_DIM)
+    q = _chunks(q_ptr, q_tail_ptr, batch, seq, BLOCK_Q, 3 * WIDTH, HEAD_DIM)
+    kv = _chunks(kv_ptr, kv_tail_ptr, batch, seq, BLOCK_K, 3 * WIDTH, HEAD_DIM)
     out = _chunks(out_ptr, out_tail_ptr, batch, seq, BLOCK_Q, WIDTH, HEAD_DIM)
     queries = start + tl.arange(0, BLOCK_Q)
 
-    q_tile = _load(q, batch, start, 2 * column)
+    q_tile = _load(q, batch, start, 3 * column)
     row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)  # of the scaled scores
     row_sum = tl.zeros([BLOCK_Q], tl.float32)
     acc = [tl.zeros(x.shape, tl.float32) for x in q_tile]
     for diagonal in tl.static_range(2):  # first the keys that all queries see, without a mask, then the others
         for key in tl.range(start * diagonal, tl.minimum(start + BLOCK_Q * diagonal, seq), BLOCK_K):
-            scores = _dot_transposed(q_tile, _load(k, batch, key, 2 * column + HEAD_DIM))  # [BLOCK_Q, BLOCK_K]
+            scores = _dot_transposed(q_tile, _load(kv, batch, key, 3 * column + HEAD_DIM))  # [BLOCK_Q, BLOCK_K]
             if diagonal:
                 scores = tl.where(queries[:, None] >= (key + tl.arange(0, BLOCK_K))[None, :], scores, float("-inf"))
             new_max = tl.maximum(row_max, tl.max(scores, 1) * SCALE)
@@ -164,26 +146,24 @@ def attention_forward_kernel(
             row_max = new_max
             row_sum = row_sum * shrink + tl.sum(p, 1)
             acc = [a * shrink[:, None] for a in acc]
-            acc = _accumulate(acc, p, _load(v, batch, key, 3 * column + 2 * HEAD_DIM))
+            acc = _accumulate(acc, p, _load(kv, batch, key, 3 * column + 2 * HEAD_DIM))
     _store(out, batch, start, column, [a / row_sum[:, None] for a in acc])
     tl.store(lse_ptr + row.to(tl.int64) * seq + queries, row_max + tl.log2(row_sum), queries < seq)
 
 
 @triton.jit
 def attention_dq_kernel(
-    q_ptr, q_tail_ptr, k_ptr, k_tail_ptr, v_ptr, v_tail_ptr, out_ptr, out_tail_ptr, d_out_ptr, d_out_tail_ptr,
-    d_qkv_ptr, d_qkv_tail_ptr, lse_ptr, delta_ptr, cos_ptr, sin_ptr, seq,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    q_ptr, q_tail_ptr, kv_ptr, kv_tail_ptr, out_ptr, out_tail_ptr, d_out_ptr, d_out_tail_ptr,
+    d_qkv_ptr, d_qkv_tail_ptr, lse_ptr, delta_ptr, seq,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one block of queries, and their delta for attention_dkv_kernel, which runs next.
 
-    q_ptr, k_ptr        [batch, seq, HEADS, 2, HEAD_DIM], rotated queries and keys
-    v_ptr               [batch, seq, HEADS, 3, HEAD_DIM], qkv
+    q_ptr, kv_ptr       [batch, seq, HEADS, 3, HEAD_DIM], qkv as in forward
     out_ptr, d_out_ptr  [batch, seq, HEADS, HEAD_DIM], the output of forward and its gradient
-    d_qkv_ptr           [batch, seq, HEADS, 3, HEAD_DIM], output: the queries' part of the gradient
+    d_qkv_ptr           [batch, seq, HEADS, 3, HEAD_DIM], output: the gradient of rotated queries
     lse_ptr             [batch, HEADS, seq] float32, from forward
     delta_ptr           [batch, HEADS, seq] float32, output
-    cos_ptr, sin_ptr    [seq, HALF] float32
     """
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     SCALE: tl.constexpr = LOG2_E * HEAD_DIM**-0.5
@@ -192,9 +172,8 @@ def attention_dq_kernel(
     start = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_Q
     row = tl.program_id(0) // blocks
     batch, column = row // HEADS, row % HEADS * HEAD_DIM
-    q = _chunks(q_ptr, q_tail_ptr, batch, seq, BLOCK_Q, 2 * WIDTH, HEAD_DIM)
-    k = _chunks(k_ptr, k_tail_ptr, batch, seq, BLOCK_K, 2 * WIDTH, HEAD_DIM)
-    v = _chunks(v_ptr, v_tail_ptr, batch, seq, BLOCK_K, 3 * WIDTH, HEAD_DIM)
+    q = _chunks(q_ptr, q_tail_ptr, batch, seq, BLOCK_Q, 3 * WIDTH, HEAD_DIM)
+    kv = _chunks(kv_ptr, kv_tail_ptr, batch, seq, BLOCK_K, 3 * WIDTH, HEAD_DIM)
     out = _chunks(out_ptr, out_tail_ptr, batch, seq, BLOCK_Q, WIDTH, HEAD_DIM)
     d_out = _chunks(d_out_ptr, d_out_tail_ptr, batch, seq, BLOCK_Q, WIDTH, HEAD_DIM)
     d_qkv = _chunks(d_qkv_ptr, d_qkv_tail_ptr, batch, seq, BLOCK_Q, 3 * WIDTH, HEAD_DIM)
@@ -208,36 +187,33 @@ def attention_dq_kernel(
         delta += tl.sum(out_tile[i].to(tl.float32) * d_out_tile[i].to(tl.float32), 1)
     tl.store(delta_ptr + offsets, delta, queries < seq)
 
-    q_tile = _load(q, batch, start, 2 * column)
+    q_tile = _load(q, batch, start, 3 * column)
     lse = tl.load(lse_ptr + offsets, queries < seq, other=0.0)
     dq = [tl.zeros(x.shape, tl.float32) for x in q_tile]
     for diagonal in tl.static_range(2):
         for key in tl.range(start * diagonal, tl.minimum(start + BLOCK_Q * diagonal, seq), BLOCK_K):
-            k_tile = _load(k, batch, key, 2 * column + HEAD_DIM)
+            k_tile = _load(kv, batch, key, 3 * column + HEAD_DIM)
             p = tl.exp2(_dot_transposed(q_tile, k_tile) * SCALE - lse[:, None])  # [BLOCK_Q, BLOCK_K]
             if diagonal:
                 p = tl.where(queries[:, None] >= (key + tl.arange(0, BLOCK_K))[None, :], p, 0.0)
-            dp = _dot_transposed(d_out_tile, _load(v, batch, key, 3 * column + 2 * HEAD_DIM))
+            dp = _dot_transposed(d_out_tile, _load(kv, batch, key, 3 * column + 2 * HEAD_DIM))
             dq = _accumulate(dq, p * (dp - delta[:, None]), k_tile)
-    dq = [x * HEAD_DIM**-0.5 for x in dq]
-    _store_rotated_back(d_qkv, batch, start, 3 * column, dq, cos_ptr, sin_ptr, seq, HALF)
+    _store(d_qkv, batch, start, 3 * column, [x * HEAD_DIM**-0.5 for x in dq])
 
 
 @triton.jit
 def attention_dkv_kernel(
-    q_ptr, q_tail_ptr, k_ptr, k_tail_ptr, v_ptr, v_tail_ptr, d_out_ptr, d_out_tail_ptr,
-    d_qkv_ptr, d_qkv_tail_ptr, lse_ptr, delta_ptr, cos_ptr, sin_ptr, seq,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    q_ptr, q_tail_ptr, kv_ptr, kv_tail_ptr, d_out_ptr, d_out_tail_ptr,
+    d_qkv_ptr, d_qkv_tail_ptr, lse_ptr, delta_ptr, seq,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one block of keys (if DK), and of their values (if DV).
 
-    q_ptr, k_ptr        [batch, seq, HEADS, 2, HEAD_DIM], rotated queries and keys
-    v_ptr               [batch, seq, HEADS, 3, HEAD_DIM], qkv
+    q_ptr, kv_ptr       [batch, seq, HEADS, 3, HEAD_DIM], qkv as in forward
     d_out_ptr           [batch, seq, HEADS, HEAD_DIM], gradient of the output
-    d_qkv_ptr           [batch, seq, HEADS, 3, HEAD_DIM], output: the keys' and the values' part of the gradient
+    d_qkv_ptr           [batch, seq, HEADS, 3, HEAD_DIM], output: the gradients of rotated keys and of values
     lse_ptr, delta_ptr  [batch, HEADS, seq] float32, from forward and from attention_dq_kernel
-    cos_ptr, sin_ptr    [seq, HALF] float32
 
     Scores are computed as [keys, queries], so p^T and ds^T are left operands of a dot without a transposition. To
     transpose the result of a dot in registers is slow, and wrong on Hopper before Triton 3.7.1.
@@ -249,16 +225,15 @@ def attention_dkv_kernel(
     start = tl.program_id(0) % blocks * BLOCK_K  # the most queries see the early keys, so they start first
     row = tl.program_id(0) // blocks
     batch, column = row // HEADS, row % HEADS * HEAD_DIM
-    q = _chunks(q_ptr, q_tail_ptr, batch, seq, BLOCK_Q, 2 * WIDTH, HEAD_DIM)
-    k = _chunks(k_ptr, k_tail_ptr, batch, seq, BLOCK_K, 2 * WIDTH, HEAD_DIM)
-    v = _chunks(v_ptr, v_tail_ptr, batch, seq, BLOCK_K, 3 * WIDTH, HEAD_DIM)
+    q = _chunks(q_ptr, q_tail_ptr, batch, seq, BLOCK_Q, 3 * WIDTH, HEAD_DIM)
+    kv = _chunks(kv_ptr, kv_tail_ptr, batch, seq, BLOCK_K, 3 * WIDTH, HEAD_DIM)
     d_out = _chunks(d_out_ptr, d_out_tail_ptr, batch, seq, BLOCK_Q, WIDTH, HEAD_DIM)
     d_qkv = _chunks(d_qkv_ptr, d_qkv_tail_ptr, batch, seq, BLOCK_K, 3 * WIDTH, HEAD_DIM)
     keys = start + tl.arange(0, BLOCK_K)
 
-    k_tile = _load(k, batch, start, 2 * column + HEAD_DIM)
+    k_tile = _load(kv, batch, start, 3 * column + HEAD_DIM)
     if DK:
-        v_tile = _load(v, batch, start, 3 * column + 2 * HEAD_DIM)
+        v_tile = _load(kv, batch, start, 3 * column + 2 * HEAD_DIM)
     dk = [tl.zeros(x.shape, tl.float32) for x in k_tile]
     dv = [tl.zeros(x.shape, tl.float32) for x in k_tile]
     for past in tl.static_range(2):  # first the queries of these positions, with a mask, then those behind them
@@ -266,7 +241,7 @@ def attention_dkv_kernel(
         for query in tl.range(start + BLOCK_K * past, last, BLOCK_Q):
             queries = query + tl.arange(0, BLOCK_Q)
             offsets = row.to(tl.int64) * seq + queries
-            q_tile = _load(q, batch, query, 2 * column)
+            q_tile = _load(q, batch, query, 3 * column)
             lse = tl.load(lse_ptr + offsets, queries < seq, other=0.0)
             p = tl.exp2(_dot_transposed(k_tile, q_tile) * SCALE - lse[None, :])  # [BLOCK_K, BLOCK_Q]
             if not past:
@@ -281,13 +256,12 @@ def attention_dkv_kernel(
     if DV:
         _store(d_qkv, batch, start, 3 * column + 2 * HEAD_DIM, dv)
     if DK:
-        dk = [x * HEAD_DIM**-0.5 for x in dk]
-        _store_rotated_back(d_qkv, batch, start, 3 * column + HEAD_DIM, dk, cos_ptr, sin_ptr, seq, HALF)
+        _store(d_qkv, batch, start, 3 * column + HEAD_DIM, [x * HEAD_DIM**-0.5 for x in dk])
 
 
 # ---- op --------------------------------------------------------------------------------------------------------------
 
-CHUNKS = {16: (16,), 32: (32,), 64: (64,), 80: (64, 16), 128: (128,), 256: (128, 128)}  # columns, by head_dim
+CHUNKS = {16: (16,), 32: (32,), 64: (64,), 80: (64, 16), 128: (128,), 256: (256,)}  # columns, by head_dim
 
 
 def _tiles(arch: int, **tensors: tuple[Tensor, int]) -> dict[str, "Tensor | TensorDescriptor | None"]:
@@ -314,79 +288,137 @@ def _aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def _outputs(qkv: Tensor, *_) -> tuple[Tensor, Tensor]:
-    batch, seq, heads, _, head_dim = qkv.shape
-    return qkv.new_empty(batch, seq, heads, head_dim), qkv.new_empty(batch, heads, seq, dtype=torch.float32)
-
-
-@torch.library.custom_op("tripod::rotary_attention", mutates_args=())
-def _attention(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """out [batch, seq, heads, head_dim], and lse [batch, heads, seq] in base 2."""
-    out, lse = _outputs(qkv)
+def _attend(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotate qkv in place. Returns out [batch, seq, heads, head_dim], qkv, and lse [batch, heads, seq] in base 2."""
+    out, _, lse = _outputs(qkv)
     batch, seq, heads, _, head_dim = qkv.shape
     arch = tiles.architecture(qkv.device)
     tile = tiles.attention(arch, head_dim, qkv.dtype).forward
-    q_rows, k_rows, qkv = tile.block_q, tile.block_k, _aligned(qkv)
+    q_rows, k_rows = tile.block_q, tile.block_k
     with torch.cuda.device_of(qkv):  # Triton launches on the current device
-        rotated = rotate_qk(qkv, cos, sin)
+        rotate_in_place(qkv, cos, sin)
         attention_forward_kernel[(triton.cdiv(seq, q_rows) * batch * heads,)](
-            **_tiles(arch, q=(rotated, q_rows), k=(rotated, k_rows), v=(qkv, k_rows), out=(out, q_rows)),
+            **_tiles(arch, q=(qkv, q_rows), kv=(qkv, k_rows), out=(out, q_rows)),
             lse_ptr=lse, seq=seq, **_launch(qkv, tile),
         )  # fmt: skip
-    return out, lse
+    return out, qkv, lse
 
 
-@torch.library.custom_op("tripod::rotary_attention_backward", mutates_args=())
-def _attention_backward(qkv: Tensor, cos: Tensor, sin: Tensor, out: Tensor, lse: Tensor, d_out: Tensor) -> Tensor:
-    """The gradient of qkv, in its layout."""
+def _attend_backward(cos: Tensor, sin: Tensor, out: Tensor, qkv: Tensor, lse: Tensor, d_out: Tensor) -> Tensor:
+    """The gradient of qkv as it was before _attend rotated it, in its layout."""
     batch, seq, heads, _, head_dim = qkv.shape
     arch = tiles.architecture(qkv.device)
     dq, dk, dv = tiles.attention(arch, head_dim, qkv.dtype)[1:]
     qkv, out, d_out = _aligned(qkv), _aligned(out), _aligned(d_out)
     d_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    others = {"lse_ptr": lse, "delta_ptr": delta, "cos_ptr": cos, "sin_ptr": sin, "seq": seq, "HALF": cos.shape[1]}
+    others = {"lse_ptr": lse, "delta_ptr": delta, "seq": seq}
     with torch.cuda.device_of(qkv):
-        rotated = rotate_qk(qkv, cos, sin)
         q_rows, k_rows = dq.block_q, dq.block_k
-        inputs = {"q": (rotated, q_rows), "k": (rotated, k_rows), "v": (qkv, k_rows), "d_out": (d_out, q_rows)}
+        inputs = {"q": (qkv, q_rows), "kv": (qkv, k_rows), "d_out": (d_out, q_rows)}
         attention_dq_kernel[(triton.cdiv(seq, q_rows) * batch * heads,)](
             **_tiles(arch, **inputs, out=(out, q_rows), d_qkv=(d_qkv, q_rows)), **others, **_launch(qkv, dq)
         )
         for tile, want_dk, want_dv in [(dk, True, dv is None)] + ([] if dv is None else [(dv, False, True)]):
             q_rows, k_rows = tile.block_q, tile.block_k
-            inputs = {"q": (rotated, q_rows), "k": (rotated, k_rows), "v": (qkv, k_rows), "d_out": (d_out, q_rows)}
+            inputs = {"q": (qkv, q_rows), "kv": (qkv, k_rows), "d_out": (d_out, q_rows)}
             attention_dkv_kernel[(triton.cdiv(seq, k_rows) * batch * heads,)](
                 **_tiles(arch, **inputs, d_qkv=(d_qkv, k_rows)), **others, DK=want_dk, DV=want_dv, **_launch(qkv, tile)
             )
+        rotate_in_place(d_qkv, cos, sin, direction=-1.0)
     return d_qkv
 
 
-def _attention_setup_context(ctx, inputs: tuple, output: tuple) -> None:
+# There are two ops: attention of a given qkv, and attention with the projection that computes qkv, for the network. A
+# rotation in place touches a quarter of q and k only, but nobody else may hold the tensor that it changes. So rotation,
+# attention and projection are one op. The first op has to copy qkv, the second rotates its own result.
+
+
+@torch.library.custom_op("tripod::rotated_attention", mutates_args=())
+def _rotated_attention(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """out, a rotated copy of qkv, and lse."""
+    return _attend(qkv.clone(memory_format=torch.contiguous_format), cos, sin)
+
+
+@torch.library.custom_op("tripod::linear_rotary_attention", mutates_args=())
+def _linear_rotary_attention(
+    x: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for qkv = x @ weight.T + bias."""
+    return _attend(matmul(x, weight, bias).unflatten(-1, (heads, 3, -1)), cos, sin)
+
+
+@torch.library.custom_op("tripod::rotated_attention_backward", mutates_args=())
+def _rotated_attention_backward(
+    cos: Tensor, sin: Tensor, out: Tensor, qkv: Tensor, lse: Tensor, d_out: Tensor
+) -> Tensor:
+    return _attend_backward(cos, sin, out, qkv, lse, d_out)
+
+
+@torch.library.custom_op("tripod::linear_rotary_attention_backward", mutates_args=())
+def _linear_rotary_attention_backward(
+    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, out: Tensor, qkv: Tensor, lse: Tensor, d_out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, weight and bias."""
+    d_qkv = _attend_backward(cos, sin, out, qkv, lse, d_out).flatten(2)  # [batch, seq, 3 * heads * head_dim]
+    rows = d_qkv.flatten(0, 1)
+    return matmul(d_qkv, weight.T), rows.T @ x.flatten(0, 1), rows.sum(0)
+
+
+def _outputs(qkv: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
+    batch, seq, heads, _, head_dim = qkv.shape
+    out, lse = qkv.new_empty(batch, seq, heads, head_dim), qkv.new_empty(batch, heads, seq, dtype=torch.float32)
+    return out, torch.empty_like(qkv, memory_format=torch.contiguous_format), lse
+
+
+def _save(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs, *output)
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # otherwise autograd allocates a zero tensor of the size of qkv
 
 
-def _attention_gradients(ctx, d_out: Tensor, _) -> tuple[Tensor | None, ...]:
-    return _attention_backward(*ctx.saved_tensors, d_out), None, None
+_rotated_attention.register_fake(_outputs)
+_rotated_attention_backward.register_fake(lambda cos, sin, out, qkv, *_: torch.empty_like(qkv))
+_rotated_attention.register_autograd(
+    lambda ctx, d_out, *_: (_rotated_attention_backward(*ctx.saved_tensors, d_out), None, None),
+    setup_context=lambda ctx, inputs, output: _save(ctx, inputs[1:], output),
+)
+_linear_rotary_attention.register_fake(
+    lambda x, weight, bias, cos, sin, heads: _outputs(x.new_empty(_qkv_shape(x, weight, heads)))
+)
+_linear_rotary_attention_backward.register_fake(
+    lambda x, weight, *_: (torch.empty_like(x), torch.empty_like(weight), weight.new_empty(len(weight)))
+)
+_linear_rotary_attention.register_autograd(
+    lambda ctx, d_out, *_: (*_linear_rotary_attention_backward(*ctx.saved_tensors, d_out), None, None, None),
+    setup_context=lambda ctx, inputs, output: _save(ctx, (*inputs[:2], *inputs[3:5]), output),
+)
 
 
-_attention.register_fake(_outputs)
-_attention_backward.register_fake(lambda qkv, *_: torch.empty_like(qkv))
-_attention.register_autograd(_attention_gradients, setup_context=_attention_setup_context)
+def _qkv_shape(x: Tensor, weight: Tensor, heads: int) -> tuple[int, ...]:
+    return *x.shape[:-1], heads, 3, len(weight) // (3 * heads)
 
 
-def _check_for_kernels(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
+def _check(shape: tuple[int, ...], x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Check qkv, of this shape and with the dtype and device of x, and the tables."""
+    if len(shape) != 5 or shape[3] != 3:
+        raise ValueError(f"qkv must be [batch, seq, heads, 3, head_dim], not {list(shape)}")
+    if cos.shape != sin.shape or cos.dim() != 2 or cos.shape[0] != shape[1] or 2 * cos.shape[1] > shape[4]:
+        wanted = f"[seq, rotary_dim / 2] with seq = {shape[1]} and rotary_dim <= {shape[4]}"
+        raise ValueError(f"cos and sin must be {wanted}, not {list(cos.shape)} and {list(sin.shape)}")
+    if x.device != cos.device or x.device != sin.device:
+        raise ValueError(f"qkv, cos and sin must be on one device, not {x.device}, {cos.device} and {sin.device}")
+    if triton_runs(x):
+        _check_for_kernels(shape, x, cos, sin)
+
+
+def _check_for_kernels(shape: tuple[int, ...], x: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Check what the kernels require beyond the reference."""
-    head_dim, rotary_dim = qkv.shape[4], 2 * cos.shape[1]
-    if head_dim not in CHUNKS:
-        raise ValueError(f"the kernels support head_dim {', '.join(map(str, CHUNKS))}, not {head_dim}")
-    if not 0 < rotary_dim <= CHUNKS[head_dim][0]:
-        most = CHUNKS[head_dim][0]
-        raise ValueError(f"the kernels rotate 2 to {most} of the {head_dim} columns of a head, not {rotary_dim}")
-    if qkv.dtype == torch.bfloat16 and not qkv.is_cuda:
+    if shape[4] not in CHUNKS:
+        raise ValueError(f"the kernels support head_dim {', '.join(map(str, CHUNKS))}, not {shape[4]}")
+    if x.dtype == torch.bfloat16 and not x.is_cuda:
         raise ValueError("Triton's interpreter cannot multiply bfloat16: use float16 or float32, or a GPU")
-    if qkv.numel() == 0 or not qkv.is_contiguous():
-        raise ValueError(f"qkv must be contiguous and not empty: {list(qkv.shape)}, strides {list(qkv.stride())}")
+    if 0 in shape or cos.numel() == 0:
+        raise ValueError(f"qkv, cos and sin must not be empty: {list(shape)} and {list(cos.shape)}")
     for name, table in (("cos", cos), ("sin", sin)):
         if table.dtype != torch.float32 or not table.is_contiguous():
             raise ValueError(f"{name} must be contiguous float32, not {table.dtype}, strides {list(table.stride())}")
@@ -396,16 +428,20 @@ def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Causal attention of rotated queries and keys: [batch, seq, heads, head_dim] in the dtype of qkv.
 
     qkv [batch, seq, heads, 3, head_dim] is the output of the fused projection; cos and sin are [seq, rotary_dim / 2].
-    Raises ValueError if an argument does not fit. The kernels also require contiguous tensors and a head_dim of CHUNKS.
+    Raises ValueError if an argument does not fit. The kernels also require float32 tables and a head_dim of CHUNKS.
     """
-    if qkv.dim() != 5 or qkv.shape[3] != 3:
-        raise ValueError(f"qkv must be [batch, seq, heads, 3, head_dim], not {list(qkv.shape)}")
-    if cos.shape != sin.shape or cos.dim() != 2 or cos.shape[0] != qkv.shape[1] or 2 * cos.shape[1] > qkv.shape[4]:
-        wanted = f"[seq, rotary_dim / 2] with seq = {qkv.shape[1]} and rotary_dim <= {qkv.shape[4]}"
-        raise ValueError(f"cos and sin must be {wanted}, not {list(cos.shape)} and {list(sin.shape)}")
-    if qkv.device != cos.device or qkv.device != sin.device:
-        raise ValueError(f"qkv, cos and sin must be on one device, not {qkv.device}, {cos.device} and {sin.device}")
+    _check(qkv.shape, qkv, cos, sin)
     if triton_runs(qkv):
-        _check_for_kernels(qkv, cos, sin)
-        return _attention(qkv, cos, sin)[0]
+        return _rotated_attention(qkv, cos, sin)[0]
     return (short_attention if short_attention_runs(qkv) else rotary_attention_reference)(qkv, cos, sin)
+
+
+def linear_rotary_attention(x: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    """rotary_attention of qkv = x @ weight.T + bias, which is rotated in place: [batch, seq, heads, head_dim].
+
+    x is [batch, seq, in], weight [3 * heads * head_dim, in] and bias [3 * heads * head_dim], cast to the dtype of x.
+    """
+    if not triton_runs(x):
+        return rotary_attention(linear(x, weight, bias).unflatten(-1, (heads, 3, -1)), cos, sin)
+    _check(_qkv_shape(x, weight, heads), x, cos, sin)
+    return _linear_rotary_attention(x, weight.to(x.dtype), bias.to(x.dtype), cos, sin, heads)[0]

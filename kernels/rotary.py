@@ -78,45 +78,45 @@ def rotate_qkv_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Te
 
 @triton.jit
 def rotate_kernel(
-    qkv_ptr, cos_ptr, sin_ptr, rotated_ptr, rows, seq,
+    qkv_ptr, cos_ptr, sin_ptr, direction, rows, seq,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rotated queries and keys. A program takes BLOCK rows; a row is the query or the key of one head at one position.
+    """Rotate queries and keys in place. A program takes BLOCK rows; a row is one query or key of one head.
 
-    qkv_ptr           [batch, seq, HEADS, 3, HEAD_DIM]
+    qkv_ptr           [batch, seq, HEADS, 3, HEAD_DIM], overwritten; rows = batch * seq * HEADS * 2
     cos_ptr, sin_ptr  [seq, HALF] float32
-    rotated_ptr       [batch, seq, HEADS, 2, HEAD_DIM], output; rows = batch * seq * HEADS * 2
+    direction         1.0, or -1.0 to rotate by the opposite angles
     """
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     position = row // (2 * HEADS) % seq
-    x_ptr = qkv_ptr + (row // 2 * 3 + row % 2).to(tl.int64)[:, None] * HEAD_DIM
-    out_ptr = rotated_ptr + row.to(tl.int64)[:, None] * HEAD_DIM
+    first_ptr = qkv_ptr + (row // 2 * 3 + row % 2).to(tl.int64)[:, None] * HEAD_DIM
+    second_ptr = first_ptr + HALF
 
     pair = tl.arange(0, triton.next_power_of_2(HALF))[None, :]
     mask = (row < rows)[:, None] & (pair < HALF)
     c = tl.load(cos_ptr + position[:, None] * HALF + pair, mask)
-    s = tl.load(sin_ptr + position[:, None] * HALF + pair, mask)
-    first = tl.load(x_ptr + pair, mask).to(tl.float32)
-    second = tl.load(x_ptr + HALF + pair, mask).to(tl.float32)
-    tl.store(out_ptr + pair, first * c - second * s, mask)
-    tl.store(out_ptr + HALF + pair, second * c + first * s, mask)
-
-    rest = tl.arange(0, triton.next_power_of_2(HEAD_DIM))[None, :]
-    mask = (row < rows)[:, None] & (rest >= 2 * HALF) & (rest < HEAD_DIM)
-    tl.store(out_ptr + rest, tl.load(x_ptr + rest, mask), mask)
+    s = tl.load(sin_ptr + position[:, None] * HALF + pair, mask) * direction
+    first = tl.load(first_ptr + pair, mask).to(tl.float32)
+    second = tl.load(second_ptr + pair, mask).to(tl.float32)
+    tl.store(first_ptr + pair, (first * c - second * s).to(qkv_ptr.dtype.element_ty), mask)
+    tl.store(second_ptr + pair, (second * c + first * s).to(qkv_ptr.dtype.element_ty), mask)
 
 
-# ---- op --------------------------------------------------------------------------------------------------------------
+# ---- launch ----------------------------------------------------------------------------------------------------------
 
-ROTATE_BLOCK = 32  # rows of a program
+ROTATE_PAIRS = 1024  # of a program: a thread loads up to eight numbers at a time, 16 bytes
 
 
-def rotate_qk(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Launch the kernel: rotated queries and keys [batch, seq, heads, 2, head_dim]. The op is rotary_attention."""
+def rotate_block(half: int) -> int:
+    """Rows of a program."""
+    return ROTATE_PAIRS // triton.next_power_of_2(half)
+
+
+def rotate_in_place(qkv: Tensor, cos: Tensor, sin: Tensor, direction: float = 1.0) -> None:
+    """Launch the kernel on contiguous qkv [batch, seq, heads, 3, head_dim]. The ops are in attention.py."""
     batch, seq, heads, _, head_dim = qkv.shape
-    rotated = qkv.new_empty(batch, seq, heads, 2, head_dim)
-    rows = batch * seq * heads * 2
-    rotate_kernel[(triton.cdiv(rows, ROTATE_BLOCK),)](
-        qkv, cos, sin, rotated, rows, seq, HEADS=heads, HEAD_DIM=head_dim, HALF=cos.shape[1], BLOCK=ROTATE_BLOCK
+    rows, half = batch * seq * heads * 2, cos.shape[1]
+    block = rotate_block(half)
+    rotate_kernel[(triton.cdiv(rows, block),)](
+        qkv, cos, sin, direction, rows, seq, HEADS=heads, HEAD_DIM=head_dim, HALF=half, BLOCK=block
     )
-    return rotated

@@ -24,7 +24,7 @@ from kernels import (
     bias_gelu,
     linear,
     linear_cross_entropy,
-    rotary_attention,
+    linear_rotary_attention,
     rotary_tables,
     rotate,
 )
@@ -84,11 +84,12 @@ class Block(nn.Module):
 
     def attention(self, u: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
         """[batch, seq, hidden] -> [batch, seq, hidden], without the bias of attn_out."""
-        heads, head_dim = self.config.heads, self.config.head_dim
-        qkv = linear(u, self.qkv.weight, self.qkv.bias)  # [batch, seq, 3 * hidden]
-        qkv = qkv.unflatten(-1, (heads, 3, head_dim))  # [batch, seq, heads, 3, head_dim]
-        out = rotary_attention(qkv, cos, sin) if cache is None else cache.attend(qkv, cos, sin)
-        return linear(out.flatten(-2), self.attn_out.weight)  # out: [batch, seq, heads, head_dim]
+        heads, qkv = self.config.heads, (self.qkv.weight, self.qkv.bias)
+        if cache is None:
+            out = linear_rotary_attention(u, *qkv, cos, sin, heads)  # [batch, seq, heads, head_dim]
+        else:
+            out = cache.attend(linear(u, *qkv).unflatten(-1, (heads, 3, -1)), cos, sin)
+        return linear(out.flatten(-2), self.attn_out.weight)
 
     def mlp(self, v: Tensor) -> Tensor:
         """[batch, seq, hidden] -> [batch, seq, hidden], without the bias of mlp_out."""

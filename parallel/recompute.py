@@ -16,7 +16,7 @@ EXPENSIVE = {
     _aten.addmm.default,
     torch.ops.tripod.linear.default,
     torch.ops.tripod.short_attention.default,
-    torch.ops.tripod.rotary_attention.default,
+    torch.ops.tripod.linear_rotary_attention.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,

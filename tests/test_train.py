@@ -989,5 +989,5 @@ def test_profile_says_how_many_steps_it_has(flags, traced, run, capsys):
     assert f"profile of {traced} step{'s' * (traced > 1)}{note}: {file}\n" in said
     events = json.loads(file.read_text())["traceEvents"]
     names = [event["name"] for event in events]
-    attention = [name for name in names if name in ("tripod::short_attention", "tripod::rotary_attention")]
+    attention = [name for name in names if name in ("tripod::short_attention", "tripod::linear_rotary_attention")]
     assert len(attention) == 2 * traced  # two layers

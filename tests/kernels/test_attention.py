@@ -1,5 +1,6 @@
 """The Triton kernels of kernels/attention.py against the reference in float64."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from kernels import attention, backend, rotary_attention, rotary_tables, tiles
+from kernels import attention, backend, linear_rotary_attention, rotary_attention, rotary_tables, tiles
 from kernels.tiles import Attention, Tile
+from model import SIZES, Pythia
+from parallel.recompute import set_recompute
 
 HEAD_DIMS = (32, 64, 80, 128, 256)  # of the suite
 FLOAT32_BAR = 5e-7  # relative error: a few roundings
@@ -122,7 +125,7 @@ def test_a_sequence_of_one(head_dim, device):
     assert max(found["dq"].abs().max(), found["dk"].abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(16, 4), (16, 16), (64, 2), (64, 64), (80, 64), (256, 128)])
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(16, 4), (16, 16), (64, 2), (64, 64), (80, 80), (256, 128)])
 @pytest.mark.parametrize("arch", [80, 90], indirect=True)
 def test_other_shapes_of_head(head_dim, rotary_dim, arch, device):
     inputs = draw(20, head_dim, torch.float32, device, rotary_dim=rotary_dim, batch=1)
@@ -187,17 +190,18 @@ def test_gradients_of_any_layout_and_tensors_at_any_address(device):
     moved = torch.cat([qkv.new_zeros(1), qkv.flatten()])[1:].view(qkv.shape)
     assert moved.data_ptr() % 16  # TMA cannot read this address
     assert_same_bits(expected, results(moved, cos, sin, d_out))
+    assert_same_bits(expected, results(qkv.transpose(0, 1).contiguous().transpose(0, 1), cos, sin, d_out))
     ones = torch.ones_like(d_out)
     assert_same_bits(results(qkv, cos, sin, ones), results(qkv, cos, sin, ones[:1, :1, :1, :1].expand_as(ones)))
 
 
 def test_opcheck(device):
     qkv, cos, sin, d_out = draw(17, 80, torch.float32, device, batch=1, heads=2)
-    torch.library.opcheck(torch.ops.tripod.rotary_attention.default, (qkv.requires_grad_(), cos, sin))
-    assert not torch.ops.tripod.rotary_attention(qkv, cos, sin)[1].requires_grad  # lse is not differentiable
-    out, lse = torch.ops.tripod.rotary_attention(qkv.detach(), cos, sin)
-    backward = torch.ops.tripod.rotary_attention_backward.default
-    torch.library.opcheck(backward, (qkv.detach(), cos, sin, out, lse, d_out))
+    torch.library.opcheck(torch.ops.tripod.rotated_attention.default, (qkv.requires_grad_(), cos, sin))
+    output = torch.ops.tripod.rotated_attention(qkv, cos, sin)
+    assert [x.requires_grad for x in output] == [True, False, False]  # out, rotated qkv, lse
+    backward = torch.ops.tripod.rotated_attention_backward.default
+    torch.library.opcheck(backward, (cos, sin, *(x.detach() for x in output), d_out))
 
 
 def test_compiled_whole(device):
@@ -217,11 +221,11 @@ def test_selective_checkpointing_need_not_run_it_again(device, monkeypatch):
     inputs = draw(20, 32, torch.float32, device)
     expected = results(*inputs)
     rotations = []
-    rotate_qk = attention.rotate_qk
-    monkeypatch.setattr(attention, "rotate_qk", lambda *inputs: rotations.append(inputs) or rotate_qk(*inputs))
+    rotate = attention.rotate_in_place
+    monkeypatch.setattr(attention, "rotate_in_place", lambda *a, **k: rotations.append(a) or rotate(*a, **k))
 
     def policy(context, op, *args, **kwargs):
-        kept = op == torch.ops.tripod.rotary_attention.default
+        kept = op == torch.ops.tripod.rotated_attention.default
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     qkv = inputs[0].clone().requires_grad_()
@@ -232,17 +236,114 @@ def test_selective_checkpointing_need_not_run_it_again(device, monkeypatch):
     assert_same_bits(expected, dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *qkv.grad.unbind(3)))))
 
 
+# ---- with the projection
+
+
+def draw_projection(
+    seq: int, head_dim: int, dtype: torch.dtype, device: torch.device, weight_dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """x [2, seq, 24], weight and bias of a projection to two heads, cos, sin, d_out [2, seq, 2, head_dim]."""
+    _, cos, sin, d_out = draw(seq, head_dim, dtype, device)
+    random = torch.Generator().manual_seed(seq)
+    x, weight = (torch.randn(shape, generator=random) for shape in ((2, seq, 24), (6 * head_dim, 24)))
+    bias = torch.randn(6 * head_dim, generator=random)
+    weight, bias = ((0.2 * parameter).to(device, weight_dtype or dtype) for parameter in (weight, bias))
+    return {"x": x.to(device, dtype), "weight": weight, "bias": bias, "cos": cos, "sin": sin, "d_out": d_out}
+
+
+def projected(x: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, d_out: Tensor) -> dict[str, Tensor]:
+    leaves = [leaf.detach().requires_grad_() for leaf in (x, weight, bias)]
+    out = linear_rotary_attention(*leaves, cos, sin, heads=2)
+    return dict(zip(("out", "dx", "dw", "db"), (out.detach(), *torch.autograd.grad(out, leaves, d_out))))
+
+
+def two_ops(x: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, d_out: Tensor) -> dict[str, Tensor]:
+    """The same by torch: matmul, then the reference of attention."""
+    leaves = [leaf.detach().requires_grad_() for leaf in (x, weight, bias)]
+    qkv = torch.nn.functional.linear(leaves[0], leaves[1].to(x.dtype), leaves[2].to(x.dtype)).unflatten(-1, (2, 3, -1))
+    out = attention.rotary_attention_reference(qkv, cos, sin)
+    return dict(zip(("out", "dx", "dw", "db"), (out.detach(), *torch.autograd.grad(out, leaves, d_out))))
+
+
+@pytest.mark.parametrize("float32_weights", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_TYPES])
+@pytest.mark.parametrize("head_dim", [32, 80, 256])
+def test_with_the_projection_is_as_good_as_two_ops(head_dim, dtype, float32_weights, device):
+    inputs = draw_projection(40, head_dim, dtype, device, torch.float32 if float32_weights else dtype)
+    rounded = inputs | {name: inputs[name].to(dtype) for name in ("weight", "bias")}
+    exact = two_ops(**{name: x.double() for name, x in rounded.items()})
+    ours, theirs = projected(**inputs), two_ops(**inputs)
+    for name, truth in exact.items():
+        error, bar = ((found[name] - truth).norm() / truth.norm() for found in (ours, theirs))
+        assert error <= max(1.1 * bar, 2 * FLOAT32_BAR), f"{name}: {error:.2e}, two ops {bar:.2e}"
+        assert ours[name].dtype == theirs[name].dtype
+
+
+def test_with_the_projection_nobody_sees_the_rotation(device):
+    """The same bits every time, also of a second backward pass; inputs and the incoming gradient are not written to."""
+    inputs = draw_projection(20, 32, torch.float16, device)
+    kept = {name: x.clone() for name, x in inputs.items()}
+    expected = projected(**inputs)
+    assert_same_bits(expected, projected(**inputs))
+    leaves = [inputs[name].requires_grad_() for name in ("x", "weight", "bias")]
+    out = linear_rotary_attention(*leaves, inputs["cos"], inputs["sin"], heads=2)
+    for _ in range(2):
+        gradients = torch.autograd.grad(out, leaves, inputs["d_out"], retain_graph=True)
+        assert_same_bits(expected, dict(zip(("out", "dx", "dw", "db"), (out.detach(), *gradients))))
+    assert all(torch.equal(inputs[name], kept[name]) for name in kept)
+
+
+def test_with_the_projection_opcheck_and_compile(device):
+    inputs = draw_projection(17, 32, torch.float32, device)
+    expected = projected(**inputs)
+    d_out = inputs.pop("d_out")
+    leaves = [inputs[name].requires_grad_() for name in ("x", "weight", "bias")]
+    op = torch.ops.tripod.linear_rotary_attention
+    torch.library.opcheck(op.default, (*inputs.values(), 2))
+    output = [x.detach() for x in op(*inputs.values(), 2)]
+    backward = torch.ops.tripod.linear_rotary_attention_backward.default
+    tensors = inputs["x"].detach(), inputs["weight"].detach(), inputs["cos"], inputs["sin"], *output, d_out
+    torch.library.opcheck(backward, tensors)
+    compiled = torch.compile(linear_rotary_attention, fullgraph=True, backend="aot_eager")
+    out = compiled(*inputs.values(), 2)
+    gradients = torch.autograd.grad(out, leaves, d_out)
+    assert_same_bits(expected, dict(zip(("out", "dx", "dw", "db"), (out.detach(), *gradients))))
+
+
+@pytest.mark.parametrize("recompute", ["cheap", "full"])
+def test_a_model_rotates_in_place_and_recomputes_with_the_same_bits(recompute, device, monkeypatch):
+    """--recompute cheap keeps the rotated projection: no matmul and no rotation runs again."""
+    model = Pythia(replace(SIZES["14m"], layers=2, hidden=32, heads=2, vocab=64, seq_len=16)).to(device)
+    tokens = torch.randint(64, (2, 17), generator=torch.Generator().manual_seed(0)).to(device)
+    directions = []
+    rotate = attention.rotate_in_place
+
+    def counted(qkv: Tensor, cos: Tensor, sin: Tensor, direction: float = 1.0) -> None:
+        directions.append(direction)
+        rotate(qkv, cos, sin, direction)
+
+    monkeypatch.setattr(attention, "rotate_in_place", counted)
+
+    def gradients() -> tuple[Tensor, ...]:
+        directions.clear()
+        return torch.autograd.grad(model(tokens[:, :-1], tokens[:, 1:]), list(model.parameters()))
+
+    expected = gradients()
+    assert directions == [1.0, 1.0, -1.0, -1.0]
+    set_recompute(model, recompute)
+    assert all(map(torch.equal, gradients(), expected))
+    assert directions == ([1.0, 1.0, -1.0, -1.0] if recompute == "cheap" else [1.0, 1.0, 1.0, -1.0, 1.0, -1.0])
+
+
 def test_refuses_what_the_kernels_cannot_do():
     qkv, cos, sin, _ = draw(4, 32, torch.float32, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"support head_dim 16, 32, 64, 80, 128, 256, not 48"):
         rotary_attention(qkv.new_zeros(1, 4, 2, 3, 48), cos, sin)
-    with pytest.raises(ValueError, match="rotate 2 to 64 of the 80 columns of a head, not 68"):
-        rotary_attention(qkv.new_zeros(1, 4, 2, 3, 80), cos.new_zeros(4, 34), sin.new_zeros(4, 34))
-    with pytest.raises(ValueError, match="rotate 2 to 32 of the 32 columns of a head, not 0"):
+    with pytest.raises(ValueError, match=r"rotary_dim <= 32, not \[4, 17\] and \[4, 17\]"):
+        rotary_attention(qkv, cos.new_zeros(4, 17), sin.new_zeros(4, 17))
+    with pytest.raises(ValueError, match=r"must not be empty: .* and \[4, 0\]"):
         rotary_attention(qkv, cos[:, :0], sin[:, :0])
-    with pytest.raises(ValueError, match="qkv must be contiguous"):
-        rotary_attention(qkv.transpose(0, 1).contiguous().transpose(0, 1), cos, sin)
-    with pytest.raises(ValueError, match="qkv must be contiguous and not empty"):
+    with pytest.raises(ValueError, match=r"must not be empty: \[0, 4, 2, 3, 32\]"):
         rotary_attention(qkv[:0], cos, sin)
     with pytest.raises(ValueError, match=r"cos must be contiguous float32, not torch.float64"):
         rotary_attention(qkv, cos.double(), sin)

@@ -6,7 +6,7 @@ import torch
 
 from kernels import tiles
 from kernels.attention import CHUNKS, attention_dkv_kernel, attention_dq_kernel, attention_forward_kernel
-from kernels.rotary import ROTATE_BLOCK, rotate_kernel
+from kernels.rotary import rotate_block, rotate_kernel
 from model import SIZES
 from tests.kernels.shipped import Shipped
 
@@ -18,8 +18,8 @@ def _shipped(
 ) -> Shipped:
     """One attention kernel. `tensors` maps the name of a tensor to the rows of its tiles. Such a tensor is
     passed as descriptors from Hopper on, and as pointers before, one for every column chunk."""
-    signature = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "seq": "i32"}
-    constants |= {"HEADS": HEADS[head_dim], "HEAD_DIM": head_dim, "HALF": head_dim // 8}
+    signature = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "seq": "i32"}
+    constants |= {"HEADS": HEADS[head_dim], "HEAD_DIM": head_dim}
     constants |= {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k}
     for tensor, rows in tensors.items():
         constants[f"{tensor}_tail_ptr"] = None  # unless there is a second chunk
@@ -39,27 +39,26 @@ def _shipped(
 def shipped(arch: int) -> list[Shipped]:
     kernels = []
     for head_dim in sorted(HEADS):
-        shape = {"HEADS": HEADS[head_dim], "HEAD_DIM": head_dim}
         forward, dq, dk, dv = tiles.attention(arch, head_dim, torch.bfloat16)
         q, k = forward.block_q, forward.block_k
-        tensors = {"q": q, "k": k, "v": k, "out": q}
+        tensors = {"q": q, "kv": k, "out": q}
         kernels.append(_shipped("forward", attention_forward_kernel, arch, head_dim, forward, tensors))
         q, k = dq.block_q, dq.block_k
-        tensors = {"q": q, "k": k, "v": k, "out": q, "d_out": q, "d_qkv": q}
+        tensors = {"q": q, "kv": k, "out": q, "d_out": q, "d_qkv": q}
         kernels.append(_shipped("dq", attention_dq_kernel, arch, head_dim, dq, tensors))
         for what, tile in ({"dk and dv": dk} if dv is None else {"dk": dk, "dv": dv}).items():
             q, k = tile.block_q, tile.block_k
-            tensors = {"q": q, "k": k, "v": k, "d_out": q, "d_qkv": k}
+            tensors = {"q": q, "kv": k, "d_out": q, "d_qkv": k}
             wanted = {"DK": "dk" in what, "DV": "dv" in what}
             kernels.append(_shipped(what, attention_dkv_kernel, arch, head_dim, tile, tensors, **wanted))
+        shape = {"HEADS": HEADS[head_dim], "HEAD_DIM": head_dim, "HALF": head_dim // 8}
         kernels.append(
             Shipped(
                 name=f"attention rotation, head_dim {head_dim}",
                 kernel=rotate_kernel,
-                signature=dict.fromkeys(("qkv_ptr", "rotated_ptr"), "*bf16")
-                | dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32")
-                | dict.fromkeys(("rows", "seq"), "i32"),
-                constants=shape | {"HALF": head_dim // 8, "BLOCK": ROTATE_BLOCK},
+                signature=dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32")
+                | {"qkv_ptr": "*bf16", "direction": "fp32", "rows": "i32", "seq": "i32"},
+                constants=shape | {"BLOCK": rotate_block(head_dim // 8)},
                 num_warps=4,
                 num_stages=3,
             )
