@@ -7,6 +7,9 @@ time that its matmuls take at this FLOP/s, or the time to read its inputs and wr
 whichever is longer. Then every op is timed alone, with the shapes and dtypes of the model, and so is the whole step of
 train.py. Ceilings, step and ops take turns, so a slow phase of the machine slows all of them.
 
+The projection to q, k and v and attention are one op of the network, which rotates q and k in place. Here they are two
+ops, so that products and attention have a rate each, and on a GPU this attention copies qkv before it rotates.
+
 "Between the ops" is the time of the step less the time of all ops: launches, waiting, small tensors. It can be
 negative, because on a GPU an op that is timed alone starts with an empty cache.
 

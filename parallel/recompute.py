@@ -28,7 +28,7 @@ def set_recompute(model: Pythia, recompute: str) -> None:
     """Choose what every block keeps for its backward pass.
 
     none     all activations
-    cheap    the results of matmuls and attention; norms, GELU, rotary and additions are computed again
+    cheap    the results of matmuls and attention; norms, GELU and additions are computed again
     full     only the input of the block
     """
     context = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if recompute == "cheap" else {}

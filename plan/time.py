@@ -129,13 +129,13 @@ def step_seconds(job: Job, rates: Rates) -> float:
     layers, layer, hidden, ffn = config.layers, config.layer_parameters, config.hidden, config.ffn
 
     # A layer. `column`: seconds to read or write one number of every token. Reads and writes, forward and backward:
-    # LayerNorms 6 and 5, GELU 2 and 3, rotary embedding 1, bias of q, k, v 3, row sums of attention 2.
+    # LayerNorms 6 and 5, GELU 2 and 3, rotary embedding 1 and 1, bias of q, k, v 3, row sums of attention 2.
     column = tokens * width / rates.copy
     matmul = 2 * tokens * layer / rates.matmul
     attention = 2 * tokens * job.seq_len * hidden / rates.attention
     forward = matmul + attention + (7 * hidden + 2 * ffn) * column
     recomputed = {"none": 0, "cheap": (6 * hidden + 2 * ffn) * column, "full": forward}[job.recompute]
-    backward = 2 * matmul + 2.5 * attention + (10 * hidden + 3 * ffn) * column + recomputed
+    backward = 2 * matmul + 2.5 * attention + (11 * hidden + 3 * ffn) * column + recomputed
     # Logits are read and overwritten; the gradient of the unembedding is read and written once per chunk.
     loss = 6 * tokens * table / rates.matmul + 2 * config.vocab * column
     loss += 8 * table * math.ceil(tokens / TRITON_CHUNK) / rates.copy

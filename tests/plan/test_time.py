@@ -33,6 +33,7 @@ def test_a_step_by_hand():
     forward += activation * (1 + 8)  # a quarter of q and of k, read and written; GELU of [tokens, 4 hidden]
     backward = 4 * tokens * layer / 500e12 + 2.5 * scores / 250e12
     backward += (5 + 12 + 3 + 2) * activation  # norms; da, h -> dh; the bias of q, k, v; d_out and out in row sums
+    backward += activation  # a quarter of d_q and of d_k, read and written
     backward += (6 + 8) * activation  # norms and GELU once more
     loss = (
         3 * 2 * tokens * vocab * hidden / 500e12 + 2 * 2 * tokens * vocab / 2e12 + 2 * (2 * 4 * vocab * hidden) / 2e12
