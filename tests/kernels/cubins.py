@@ -54,6 +54,8 @@ class Facts:
     mfma: int = 0  # of AMD's CDNA
     warpgroup: int = 0  # synchronisations around HGMMA
     tma: int = 0  # loads by the tensor memory accelerator
+    ex2: int = 0  # powers of two
+    fsetp: int = 0  # comparisons of floats
     error: str = ""  # of the compiler; then all other fields are 0
 
 
@@ -100,6 +102,8 @@ def read_sass(sass: str, usage: str, threads: int, shared: int) -> Facts:
         utcmma=count(r"UTC\w*MMA"),
         warpgroup=count(r"WARPGROUP\."),
         tma=count(r"UTMALDG"),
+        ex2=count(r"MUFU\.EX2"),
+        fsetp=count(r"FSETP"),
     )
 
 
@@ -146,7 +150,7 @@ def inspect(module: str, name: str, arch: int) -> Facts:
     aligned = [i for i, type in enumerate(signature.values()) if type.startswith("*") or type in ("i32", "i64")]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(kernel.kernel, signature, kernel.constants, attributes)
-    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, "maxnreg": kernel.max_registers}
 
     environment = sorted((k, v) for k, v in os.environ.items() if k.startswith("TRITON_"))  # may name another ptxas
     everything = [triton.__version__, source.hash(), arch, options, environment, Path(__file__).read_text()]

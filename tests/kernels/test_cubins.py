@@ -30,6 +30,16 @@ def test_shipped_kernel(kernel, arch, facts):
 
 
 @pytest.mark.cubin
+@pytest.mark.parametrize("arch", ARCHES)
+def test_the_loss_computes_exponentials_without_range_checks_and_two_rows_a_multiprocessor(arch, facts):
+    losses = [f for (name, on), f in facts.items() if name.startswith("cross-entropy") and on == arch]
+    assert len(losses) == 7
+    for loss in losses:
+        assert loss.fsetp < loss.ex2 / 10
+        assert 2 * loss.threads * loss.registers <= 65_536
+
+
+@pytest.mark.cubin
 def test_slow_kernels_are_found():
     found = cubins.facts_of(["tests.kernels.slow_kernels"])
     for arch in ARCHES:
@@ -92,6 +102,9 @@ SASS = """
         /*01a0*/                   LDL.LU R5, [R1] ;
         /*01b0*/                   LDL.LU.64 R6, [R1+0x8] ;
         /*01c0*/                   STS.128 [R3], R8 ;
+        /*01d0*/              @!P0 FSETP.GEU.AND P1, PT, R5, -126, PT ;
+        /*01e0*/                   MUFU.EX2 R5, R5 ;
+        /*01f0*/                   MUFU.RCP R6, R6 ;
 """
 USAGE = """
 Resource usage:
@@ -110,7 +123,17 @@ AMDGCN = """
 
 def test_machine_code_is_read():
     assert read_sass(SASS, USAGE, threads=256, shared=1024) == Facts(
-        threads=256, registers=168, shared=1024, spilled=7, hmma=1, hgmma=2, utcmma=1, warpgroup=2, tma=1
+        threads=256,
+        registers=168,
+        shared=1024,
+        spilled=7,
+        hmma=1,
+        hgmma=2,
+        utcmma=1,
+        warpgroup=2,
+        tma=1,
+        ex2=1,
+        fsetp=1,
     )
     assert read_amdgcn(AMDGCN, threads=512, shared=64) == Facts(
         threads=512, registers=247, shared=64, spilled=3, mfma=2

@@ -15,4 +15,5 @@ class Shipped:
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+    max_registers: int | None = None  # of a thread, if the launch limits them
     products: bool = False  # whether it has matmuls, and so must use the tensor cores

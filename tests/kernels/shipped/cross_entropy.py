@@ -1,6 +1,6 @@
 """The loss over the three padded vocabularies of the suite, with its gradient (training) and without (evaluation)."""
 
-from kernels.cross_entropy import LANES, cross_entropy_kernel
+from kernels.cross_entropy import LANES, REGISTERS, cross_entropy_kernel
 from tests.kernels.shipped import Shipped
 
 
@@ -13,6 +13,7 @@ def shipped(arch: int) -> list[Shipped]:
             constants={"d_losses_ptr": None, "VOCAB": vocab, "WITH_GRADIENT": gradient, "LANES": LANES, "VECTOR": 8},
             num_warps=LANES // 32,
             num_stages=3,
+            max_registers=REGISTERS,
         )
         for vocab in (50_304, 50_432, 50_688)
         for gradient in (True, False)
@@ -24,5 +25,6 @@ def shipped(arch: int) -> list[Shipped]:
             constants={"VOCAB": 50_304, "WITH_GRADIENT": True, "LANES": LANES, "VECTOR": 8},
             num_warps=LANES // 32,
             num_stages=3,
+            max_registers=REGISTERS,
         )
     ]
