@@ -51,7 +51,7 @@ from bench.roofline_report import BETWEEN, plot, rate_of, text
 from bench.timing import ForeignCPU, clock, flush_of, measure, undisturbed
 from kernels import add_dual_layer_norm, add_layer_norm, bias_gelu, linear, linear_cross_entropy, rotary_attention
 from kernels.backend import triton_runs
-from kernels.cross_entropy import CHUNK, TRITON_CHUNK
+from kernels.cross_entropy import CHUNK, triton_chunk
 from kernels.linear import matmul
 from model import SIZES, Config
 from parallel.gradients import Gradients
@@ -199,7 +199,8 @@ def projection_ops(name: str, spec: StepSpec) -> list[Op]:
 def loss_matmuls(spec: StepSpec) -> list[Op]:
     """The three matmuls inside linear_cross_entropy, with one call for each chunk of tokens."""
     tokens, vocab, hidden = spec.tokens, spec.config.vocab, spec.config.hidden
-    chunk = min(tokens, TRITON_CHUNK if triton_runs(torch.empty(0, dtype=spec.dtype, device=spec.device)) else CHUNK)
+    by_kernel = triton_runs(torch.empty(0, dtype=spec.dtype, device=spec.device))
+    chunk = min(tokens, triton_chunk(hidden) if by_kernel else CHUNK)
     elements = chunk * hidden + chunk * vocab + vocab * hidden
     floor = Floor(2 * chunk * vocab * hidden, elements * spec.dtype.itemsize)
     chunks = -(-tokens // chunk)

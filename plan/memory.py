@@ -7,7 +7,7 @@ a model on 1 to 16 ranks, and with the memory of processes.
 from dataclasses import dataclass, replace
 from itertools import product
 
-from kernels.cross_entropy import TRITON_CHUNK
+from kernels.cross_entropy import triton_chunk
 from model import Config
 
 USABLE = 0.92  # share of a GPU's memory that a run may fill: CUDA, NCCL's buffers and fragmentation need the rest
@@ -130,7 +130,7 @@ def _temporaries(job: Job, saved: int) -> tuple[float, float, float]:
 
     # Forward: a chunk of logits; the unembedding in 16 bits and its float32 gradient; the three outputs of the last
     # layer, their norm, its gradient; FSDP2's buffer of the last layer. Backward: gradients and their scaled copies.
-    forward = min(tokens, TRITON_CHUNK) * job.config.vocab * width + 6 * table + 5 * activation
+    forward = min(tokens, triton_chunk(job.config.hidden)) * job.config.vocab * width + 6 * table + 5 * activation
     forward += width * layer if fsdp and not job.gathers_again else 0
     in_loss = max(forward, 8 * table + 3 * activation)
 

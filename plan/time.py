@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.cross_entropy import TRITON_CHUNK
+from kernels.cross_entropy import triton_chunk
 from model import Config
 from plan.memory import RECOMPUTED_ACTIVATIONS, SHARDINGS, USABLE, Job, fits, total_memory, variants
 from runtime.errors import UserError
@@ -138,7 +138,7 @@ def step_seconds(job: Job, rates: Rates) -> float:
     backward = 2 * matmul + 2.5 * attention + (11 * hidden + 3 * ffn) * column + recomputed
     # Logits are read and overwritten; the gradient of the unembedding is read and written once per chunk.
     loss = 6 * tokens * table / rates.matmul + 2 * config.vocab * column
-    loss += 8 * table * math.ceil(tokens / TRITON_CHUNK) / rates.copy
+    loss += 8 * table * math.ceil(tokens / triton_chunk(hidden)) / rates.copy
 
     # Bytes of passes over weights. They are cast: read and written; all_gather writes them and reads them to send, and
     # FSDP2 copies them. The norm reads gradients; AdamW reads and writes gradients, weights and two moments.

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("triton_kernels")
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of five tokens: twelve tokens are two chunks and a part."""
-    monkeypatch.setattr(cross_entropy, "TRITON_CHUNK", 5)
+    monkeypatch.setattr(cross_entropy, "triton_chunk", lambda hidden: 5)
     monkeypatch.setattr(cross_entropy, "CHUNK", 5)  # matmuls of other shapes would round differently
 
 
@@ -192,7 +192,7 @@ def test_small_gradients_survive_float16(device):
 @pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32])
 def test_the_weight_gradient_is_summed_in_float32(weight_dtype, device, monkeypatch):
     """Chunks of one token that add 4096, 1, 1 and 1: 4096 in float16, 4099 in float32, rounded to 4100 at the end."""
-    monkeypatch.setattr(cross_entropy, "TRITON_CHUNK", 1)
+    monkeypatch.setattr(cross_entropy, "triton_chunk", lambda hidden: 1)
     hidden = torch.ones(4, 16, device=device, dtype=torch.float16)
     weight = torch.zeros(2, 16, device=device, dtype=weight_dtype)
     weight[0] = 30.0  # the first token is certain, the second is right
@@ -340,7 +340,7 @@ def test_every_vocabulary_is_shipped():
 @pytest.mark.parametrize(("vocab", "width"), WIDTHS)
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_every_size_is_as_good_as_the_definition(vocab, width, dtype, scale, device):
-    tokens = cross_entropy.TRITON_CHUNK + 100
+    tokens = cross_entropy.triton_chunk(width) + 100
     case = draw(tokens, vocab, width, dtype, device, torch.float32, scale)
     assert_as_good_as_the_definition(case)
     assert_as_good_as_the_definition(case, "none", torch.rand(tokens, device=device))
@@ -349,7 +349,7 @@ def test_every_size_is_as_good_as_the_definition(vocab, width, dtype, scale, dev
 @gpu
 @pytest.mark.parametrize("vocab", [50_304, 50_432, 50_688])
 def test_a_hundred_runs_give_the_same_bits(vocab, device):
-    case = draw(cross_entropy.TRITON_CHUNK + 100, vocab, 768, torch.bfloat16, device)
+    case = draw(cross_entropy.triton_chunk(768) + 100, vocab, 768, torch.bfloat16, device)
     first = loss_and_gradients(*case)
     for _ in range(100):
         for one, other in zip(first, loss_and_gradients(*case)):
@@ -362,7 +362,7 @@ def test_more_logits_than_2_to_the_31(device, monkeypatch):
     """All logits in one chunk, 8.6 GB: the last rows lie past 2^32 bytes and past 2^31 elements."""
     tokens, vocab = 43_000, 50_304
     assert tokens * vocab > 2**31
-    monkeypatch.setattr(cross_entropy, "TRITON_CHUNK", tokens)
+    monkeypatch.setattr(cross_entropy, "triton_chunk", lambda hidden: tokens)
     hidden, weight, targets = draw(tokens, vocab, 64, torch.bfloat16, device)
     with torch.no_grad():
         losses = linear_cross_entropy(hidden, weight, targets, "none")
@@ -376,11 +376,12 @@ def test_more_logits_than_2_to_the_31(device, monkeypatch):
 @pytest.mark.xdist_group("large")
 @gpu
 def test_memory(device):
-    """8 rows of 2048 tokens of size 160m: all logits would take 1.65 GB, and each of their float32 copies 3.3 GB."""
+    """8 rows of 2048 tokens of size 160m: all logits would take 1.65 GB, and each of their float32 copies 3.3 GB. A
+    chunk takes 0.82, the float32 gradient of the weight 0.15, and the gradients in bfloat16 0.10."""
     hidden, weight, targets = draw(8 * 2048, 50_304, 768, torch.bfloat16, device)
     linear_cross_entropy(hidden[:64], weight, targets[:64])  # allocates cuBLAS's workspace, which does not count
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     linear_cross_entropy(hidden, weight, targets).backward()
-    assert torch.cuda.max_memory_allocated() - before < 0.6e9
+    assert torch.cuda.max_memory_allocated() - before < 1.15e9

@@ -159,7 +159,7 @@ from parallel import fsdp, gradients
 from parallel.recompute import set_recompute
 from runtime.ranks import Dist
 from kernels import backend
-from kernels.cross_entropy import TRITON_CHUNK
+from kernels.cross_entropy import triton_chunk
 from model import SIZES, Pythia
 from step import Step
 
@@ -198,7 +198,7 @@ class Alive(TorchDispatchMode):
 
 def peak_of_a_step(config, micro_batch, recompute, shard, micro_steps, whole_gradients, bitwise=False):
     table = config.vocab * config.hidden
-    chunk = 2 * min(micro_batch * 2048, TRITON_CHUNK) * config.vocab
+    chunk = 2 * min(micro_batch * 2048, triton_chunk(config.hidden)) * config.vocab
     alive = Alive(chunk + (2 * table if world == 1 else 4 * table))  # weights cast, or gradients that are cast later
     with FakeTensorMode(allow_non_fake_inputs=True):
         Pythia.init_weights = lambda *_: None
