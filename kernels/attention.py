@@ -264,22 +264,52 @@ def attention_dkv_kernel(
 CHUNKS = {16: (16,), 32: (32,), 64: (64,), 80: (64, 16), 128: (128,), 256: (256,)}  # columns, by head_dim
 
 
-def _tiles(arch: int, **tensors: tuple[Tensor, int]) -> dict[str, "Tensor | TensorDescriptor | None"]:
-    """Kernel arguments X_ptr and X_tail_ptr for every X=(tensor [batch, seq, .., head_dim], rows of a tile)."""
-    arguments = {}
+def _arguments(qkv: Tensor, tile: tiles.Tile, **tensors: tuple[Tensor, int]) -> dict:
+    """Shape and tile of a launch, and kernel arguments X_ptr and X_tail_ptr for every X=(tensor, rows of its tiles).
+
+    The tensors are [batch, seq, .., head_dim].
+    """
+    seq, heads, head_dim = qkv.shape[1], qkv.shape[2], qkv.shape[4]
+    arguments = {"seq": seq, "HEADS": heads, "HEAD_DIM": head_dim, "BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k}
+    arguments |= {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    widths, by_descriptor = CHUNKS[head_dim], tiles.architecture(qkv.device) >= 90
     for name, (x, rows) in tensors.items():
-        widths, columns = CHUNKS[x.shape[-1]], x.flatten(2)
+        columns = x.flatten(2)
         chunks = [columns, columns[:, :, widths[0] :]][: len(widths)]
-        if arch >= 90:
+        if by_descriptor:
             chunks = [TensorDescriptor.from_tensor(chunk, [1, rows, width]) for chunk, width in zip(chunks, widths)]
         arguments[f"{name}_ptr"], arguments[f"{name}_tail_ptr"] = (*chunks, None)[:2]
     return arguments
 
 
-def _launch(qkv: Tensor, tile: tiles.Tile) -> dict[str, int]:
-    heads, head_dim = qkv.shape[2], qkv.shape[4]
-    shape = {"HEADS": heads, "HEAD_DIM": head_dim, "BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k}
-    return {**shape, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+def _programs(qkv: Tensor, rows: int) -> tuple[int]:
+    batch, seq, heads, _, _ = qkv.shape
+    return (triton.cdiv(seq, rows) * batch * heads,)
+
+
+def launch_forward(qkv: Tensor, out: Tensor, lse: Tensor, tile: tiles.Tile) -> None:
+    """Write out and lse. The shapes of all three launches are in the docstrings of their kernels."""
+    q, k = tile.block_q, tile.block_k
+    arguments = _arguments(qkv, tile, q=(qkv, q), kv=(qkv, k), out=(out, q))
+    attention_forward_kernel[_programs(qkv, q)](**arguments, lse_ptr=lse)
+
+
+def launch_dq(
+    qkv: Tensor, out: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, d_qkv: Tensor, tile: tiles.Tile
+) -> None:
+    """Write delta, and the queries' part of d_qkv."""
+    q, k = tile.block_q, tile.block_k
+    arguments = _arguments(qkv, tile, q=(qkv, q), kv=(qkv, k), out=(out, q), d_out=(d_out, q), d_qkv=(d_qkv, q))
+    attention_dq_kernel[_programs(qkv, q)](**arguments, lse_ptr=lse, delta_ptr=delta)
+
+
+def launch_dkv(
+    qkv: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, d_qkv: Tensor, tile: tiles.Tile, dk: bool, dv: bool
+) -> None:
+    """Write the keys' part of d_qkv (if dk) and the values' part (if dv)."""
+    q, k = tile.block_q, tile.block_k
+    arguments = _arguments(qkv, tile, q=(qkv, q), kv=(qkv, k), d_out=(d_out, q), d_qkv=(d_qkv, k))
+    attention_dkv_kernel[_programs(qkv, k)](**arguments, lse_ptr=lse, delta_ptr=delta, DK=dk, DV=dv)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -288,42 +318,35 @@ def _aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
+def _empty(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    """out [batch, seq, heads, head_dim] and lse [batch, heads, seq] float32."""
+    batch, seq, heads, _, head_dim = qkv.shape
+    return qkv.new_empty(batch, seq, heads, head_dim), qkv.new_empty(batch, heads, seq, dtype=torch.float32)
+
+
+def _launches(qkv: Tensor) -> tiles.Attention:
+    return tiles.attention(tiles.architecture(qkv.device), qkv.shape[4], qkv.dtype)
+
+
 def _attend(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rotate qkv in place. Returns out [batch, seq, heads, head_dim], qkv, and lse [batch, heads, seq] in base 2."""
-    out, _, lse = _outputs(qkv)
-    batch, seq, heads, _, head_dim = qkv.shape
-    arch = tiles.architecture(qkv.device)
-    tile = tiles.attention(arch, head_dim, qkv.dtype).forward
-    q_rows, k_rows = tile.block_q, tile.block_k
+    out, lse = _empty(qkv)
     with torch.cuda.device_of(qkv):  # Triton launches on the current device
         rotate_in_place(qkv, cos, sin)
-        attention_forward_kernel[(triton.cdiv(seq, q_rows) * batch * heads,)](
-            **_tiles(arch, q=(qkv, q_rows), kv=(qkv, k_rows), out=(out, q_rows)),
-            lse_ptr=lse, seq=seq, **_launch(qkv, tile),
-        )  # fmt: skip
+        launch_forward(qkv, out, lse, _launches(qkv).forward)
     return out, qkv, lse
 
 
 def _attend_backward(cos: Tensor, sin: Tensor, out: Tensor, qkv: Tensor, lse: Tensor, d_out: Tensor) -> Tensor:
     """The gradient of qkv as it was before _attend rotated it, in its layout."""
-    batch, seq, heads, _, head_dim = qkv.shape
-    arch = tiles.architecture(qkv.device)
-    dq, dk, dv = tiles.attention(arch, head_dim, qkv.dtype)[1:]
     qkv, out, d_out = _aligned(qkv), _aligned(out), _aligned(d_out)
     d_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    others = {"lse_ptr": lse, "delta_ptr": delta, "seq": seq}
+    _, dq, dk, dv = _launches(qkv)
     with torch.cuda.device_of(qkv):
-        q_rows, k_rows = dq.block_q, dq.block_k
-        inputs = {"q": (qkv, q_rows), "kv": (qkv, k_rows), "d_out": (d_out, q_rows)}
-        attention_dq_kernel[(triton.cdiv(seq, q_rows) * batch * heads,)](
-            **_tiles(arch, **inputs, out=(out, q_rows), d_qkv=(d_qkv, q_rows)), **others, **_launch(qkv, dq)
-        )
-        for tile, want_dk, want_dv in [(dk, True, dv is None)] + ([] if dv is None else [(dv, False, True)]):
-            q_rows, k_rows = tile.block_q, tile.block_k
-            inputs = {"q": (qkv, q_rows), "kv": (qkv, k_rows), "d_out": (d_out, q_rows)}
-            attention_dkv_kernel[(triton.cdiv(seq, k_rows) * batch * heads,)](
-                **_tiles(arch, **inputs, d_qkv=(d_qkv, k_rows)), **others, DK=want_dk, DV=want_dv, **_launch(qkv, tile)
-            )
+        launch_dq(qkv, out, d_out, lse, delta, d_qkv, dq)
+        launch_dkv(qkv, d_out, lse, delta, d_qkv, dk, dk=True, dv=dv is None)
+        if dv is not None:
+            launch_dkv(qkv, d_out, lse, delta, d_qkv, dv, dk=False, dv=True)
         rotate_in_place(d_qkv, cos, sin, direction=-1.0)
     return d_qkv
 
@@ -365,8 +388,7 @@ def _linear_rotary_attention_backward(
 
 
 def _outputs(qkv: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
-    batch, seq, heads, _, head_dim = qkv.shape
-    out, lse = qkv.new_empty(batch, seq, heads, head_dim), qkv.new_empty(batch, heads, seq, dtype=torch.float32)
+    out, lse = _empty(qkv)
     return out, torch.empty_like(qkv, memory_format=torch.contiguous_format), lse
 
 
