@@ -1,7 +1,7 @@
 """Launch table of the attention kernels: tile shapes by GPU and head_dim.
 
 The table is static because the shape of a tile sets the order of summation. An autotuner chooses shapes by timing, so
-two ranks, or two runs, could differ in the last bits.
+two ranks, or two runs, could differ in the last bits. `python -m bench.tiles` times other tiles, once and offline.
 
 Each entry is the largest tile that the compiler keeps in registers (tests/kernels/test_cubins.py). On Hopper a dot must
 also be wide: with only 64 columns it needs its operands faster than shared memory can deliver them.
