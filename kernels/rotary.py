@@ -102,7 +102,7 @@ def rotate_kernel(
     tl.store(second_ptr + pair, (second * c + first * s).to(qkv_ptr.dtype.element_ty), mask)
 
 
-# ---- launch ----------------------------------------------------------------------------------------------------------
+# ---- op --------------------------------------------------------------------------------------------------------------
 
 ROTATE_PAIRS = 1024  # of a program: a thread loads up to eight numbers at a time, 16 bytes
 
@@ -113,7 +113,7 @@ def rotate_block(half: int) -> int:
 
 
 def rotate_in_place(qkv: Tensor, cos: Tensor, sin: Tensor, direction: float = 1.0) -> None:
-    """Launch the kernel on contiguous qkv [batch, seq, heads, 3, head_dim]. The ops are in attention.py."""
+    """Launch the kernel on contiguous qkv [batch, seq, heads, 3, head_dim]. It is a part of the ops of attention.py."""
     batch, seq, heads, _, head_dim = qkv.shape
     rows, half = batch * seq * heads * 2, cos.shape[1]
     block = rotate_block(half)

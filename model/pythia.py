@@ -84,11 +84,11 @@ class Block(nn.Module):
 
     def attention(self, u: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
         """[batch, seq, hidden] -> [batch, seq, hidden], without the bias of attn_out."""
-        heads, qkv = self.config.heads, (self.qkv.weight, self.qkv.bias)
+        heads, projection = self.config.heads, (self.qkv.weight, self.qkv.bias)
         if cache is None:
-            out = linear_rotary_attention(u, *qkv, cos, sin, heads)  # [batch, seq, heads, head_dim]
+            out = linear_rotary_attention(u, *projection, cos, sin, heads)  # [batch, seq, heads, head_dim]
         else:
-            out = cache.attend(linear(u, *qkv).unflatten(-1, (heads, 3, -1)), cos, sin)
+            out = cache.attend(linear(u, *projection).unflatten(-1, (heads, 3, -1)), cos, sin)
         return linear(out.flatten(-2), self.attn_out.weight)
 
     def mlp(self, v: Tensor) -> Tensor:

@@ -72,7 +72,8 @@ def attention_floor(config: Config, batch: int, passes: Passes, itemsize: int) -
         flops   4 batch seq^2 hidden / 2 forward, 10 batch seq^2 hidden / 2 backward
         bytes   itemsize batch seq hidden times 4 forward (q, k, v; out), 8 backward (q, k, v, out, d_out; dq, dk, dv)
 
-    Our backward computes the scores twice, to avoid atomics. The second time is not counted.
+    Our backward computes the scores twice, to avoid atomics. The second time is not counted, nor is the copy of qkv
+    that rotary_attention rotates. (In the network linear_rotary_attention rotates the output of its projection.)
     """
     elements = batch * config.seq_len * config.hidden
     matmuls, tensors = (2, 4) if passes == "forward" else (5, 8)

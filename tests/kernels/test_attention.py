@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from kernels import attention, backend, linear_rotary_attention, rotary_attention, rotary_tables, tiles
+from kernels import attention, backend, linear_rotary_attention, rotary_attention, rotary_tables, rotate, tiles
 from kernels.tiles import Attention, Tile
 from model import SIZES, Pythia
 from parallel.recompute import set_recompute
@@ -165,6 +165,20 @@ def test_one_sequence_does_not_touch_another(arch, device):
         assert torch.equal(broken[2], whole[name][2]), name
 
 
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(32, 8), (80, 20), (64, 2), (16, 16)])
+def test_rotation_in_place(head_dim, rotary_dim, device):
+    """The rotation is that of the reference, values stay, and the opposite angles restore queries and keys."""
+    qkv, cos, sin, _ = draw(300, head_dim, torch.float32, device, rotary_dim=rotary_dim)
+    rotated = qkv.clone()
+    attention.rotate_in_place(rotated, cos, sin)
+    expected = rotate(qkv[:, :, :, :2].permute(3, 0, 2, 1, 4), cos, sin).permute(1, 3, 2, 0, 4)
+    torch.testing.assert_close(rotated[:, :, :, :2], expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(rotated[..., rotary_dim:], qkv[..., rotary_dim:])
+    assert torch.equal(rotated[:, :, :, 2], qkv[:, :, :, 2])
+    attention.rotate_in_place(rotated, cos, sin, direction=-1.0)
+    torch.testing.assert_close(rotated, qkv, rtol=1e-6, atol=1e-6)
+
+
 def test_causal(device):
     """The bits of the output at a position do not depend on later positions."""
     qkv, cos, sin, _ = draw(50, 64, torch.float32, device)
@@ -221,8 +235,8 @@ def test_selective_checkpointing_need_not_run_it_again(device, monkeypatch):
     inputs = draw(20, 32, torch.float32, device)
     expected = results(*inputs)
     rotations = []
-    rotate = attention.rotate_in_place
-    monkeypatch.setattr(attention, "rotate_in_place", lambda *a, **k: rotations.append(a) or rotate(*a, **k))
+    in_place = attention.rotate_in_place
+    monkeypatch.setattr(attention, "rotate_in_place", lambda *a, **k: rotations.append(a) or in_place(*a, **k))
 
     def policy(context, op, *args, **kwargs):
         kept = op == torch.ops.tripod.rotated_attention.default
@@ -316,11 +330,11 @@ def test_a_model_rotates_in_place_and_recomputes_with_the_same_bits(recompute, d
     model = Pythia(replace(SIZES["14m"], layers=2, hidden=32, heads=2, vocab=64, seq_len=16)).to(device)
     tokens = torch.randint(64, (2, 17), generator=torch.Generator().manual_seed(0)).to(device)
     directions = []
-    rotate = attention.rotate_in_place
+    in_place = attention.rotate_in_place
 
     def counted(qkv: Tensor, cos: Tensor, sin: Tensor, direction: float = 1.0) -> None:
         directions.append(direction)
-        rotate(qkv, cos, sin, direction)
+        in_place(qkv, cos, sin, direction)
 
     monkeypatch.setattr(attention, "rotate_in_place", counted)
 
@@ -353,6 +367,11 @@ def test_refuses_what_the_kernels_cannot_do():
         rotary_attention(qkv, cos.to("meta"), sin)
     with pytest.raises(ValueError, match="interpreter cannot multiply bfloat16"):
         rotary_attention(qkv.bfloat16(), cos, sin)
+    projection = qkv.new_zeros(192, 8), qkv.new_zeros(192)
+    with pytest.raises(ValueError, match=r"\[batch, seq, heads, 3, head_dim\], not \[4, 2, 3, 32\]"):
+        linear_rotary_attention(qkv.new_zeros(4, 8), *projection, cos, sin, heads=2)
+    with pytest.raises(ValueError, match="with seq = 5"):
+        linear_rotary_attention(qkv.new_zeros(1, 5, 8), *projection, cos, sin, heads=2)
 
 
 def test_the_table_of_launches_fits_the_kernels():
