@@ -1,13 +1,17 @@
-"""The checkpoints of a run.
+"""The checkpoints of a run, and those that others published.
 
-python checkpoint.py verify RUN        recompute every checksum of every checkpoint, name each bad file
+python checkpoint.py verify RUN             recompute every checksum of every checkpoint, name each bad file
+python checkpoint.py fetch 70m-deduped      published checkpoints from the Hugging Face hub, verified
 """
 
+import argparse
+import os
 from pathlib import Path
 
 from tqdm import tqdm
 
 from checkpoints.manifest import verify_checkpoint
+from checkpoints.published import audit, fetch, repository
 from runtime.errors import Parser, UserError, printable, run_command
 
 
@@ -22,22 +26,55 @@ def verify(run: Path) -> bool:
         raise UserError(f"{run} has no checkpoints")
     valid = 0
     for directory in tqdm(candidates, unit="checkpoint", disable=None):
-        errors = verify_checkpoint(directory)
+        has_state = os.path.lexists(directory / "state")  # a copy of the model has none
+        errors = verify_checkpoint(directory, state=has_state)
         valid += not errors
         tqdm.write(printable("\n".join(f"BAD  {error}" for error in errors) or f"ok   {directory}"))
     print(f"{valid} of {len(candidates)} checkpoints are whole")
     return valid == len(candidates)
 
 
-def main() -> None:
-    parser = Parser(description="Check the checkpoints of a run against their manifests.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser(
-        "verify", help="recompute every checksum, name each bad file; exit status 1 if any file is bad"
-    )
-    command.add_argument("run", type=Path, help="a run directory like runs/pythia-14m, or one of its stepN")
-    if not verify(parser.parse_args().run):
+def run_verify(args: argparse.Namespace) -> None:
+    """Recompute every checksum, name each bad file; the exit status is 1 if any file is bad."""
+    if not verify(args.run):
         raise SystemExit(1)
+
+
+def run_fetch(args: argparse.Namespace) -> None:
+    """Download published checkpoints as DIR/stepN and verify them. The same command again resumes."""
+    repo = repository(args.name, args.seed)
+    if not args.audit:
+        fetch(repo, args.steps, args.out or Path("published") / repo.split("/")[1])
+    elif problems := audit(repo):
+        print(printable("\n".join(problems)))
+        raise SystemExit(1)
+    else:
+        print(printable(f"{repo}: the records of all its branches are consistent"))
+
+
+def main() -> None:
+    parser = Parser(description="Check, fetch and publish checkpoints.")
+    commands = parser.add_subparsers(required=True, metavar="verify | fetch")
+
+    def add(name: str, run) -> Parser:
+        command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+        command.set_defaults(command=run)
+        return command
+
+    command = add("verify", run_verify)
+    command.add_argument("run", type=Path, help="a run directory like runs/pythia-14m, or one of its stepN")
+
+    command = add("fetch", run_fetch)
+    command.add_argument("name", help="70m, 70m-deduped, 160m-data-seed1 ..., or OWNER/NAME of any repository")
+    command.add_argument(
+        "--steps", default="final", help="all, or a list like 0,512,1000:143000:10000 (default: final)"
+    )
+    command.add_argument("--seed", type=int, help="1 to 9: the PolyPythias of 14m to 410m")
+    command.add_argument("--out", type=Path, metavar="DIR", help="default: published/NAME")
+    command.add_argument("--audit", action="store_true", help="only compare the hub's records of all revisions")
+
+    args = parser.parse_args()
+    args.command(args)
 
 
 if __name__ == "__main__":

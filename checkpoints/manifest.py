@@ -99,14 +99,17 @@ def clean_up(run: Path) -> None:
 # Verification
 
 
-def verify_checkpoint(directory: Path, dist: Dist = Dist()) -> list[str]:  # noqa: B008 (immutable)
+def verify_checkpoint(directory: Path, dist: Dist = Dist(), state: bool = True) -> list[str]:  # noqa: B008 (immutable)
     """One line for each damaged, missing or unlisted file of a checkpoint, naming file and tensor; [] if it is valid.
 
+    state=False leaves out state/, which a copy of the model need not have.
     The ranks share the work: all must call this, and all get the same answer.
     """
     try:
         files = read_checkpoint(directory)["files"]
         errors = []
+        if not state:
+            files = {name: entry for name, entry in files.items() if not name.startswith("state/")}
         for name in list(files)[dist.rank :: dist.world_size]:
             errors += _verify_file(directory / name, files[name])
         if dist.is_main:

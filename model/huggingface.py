@@ -32,7 +32,7 @@ _NAMES = {
     "mlp_out": _LAYER + "mlp.dense_4h_to_h",
 }
 # Old files also hold the causal mask, its fill value and the rotary frequencies.
-_BUFFERS = re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")
+BUFFERS = re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")
 _GELU = {"gelu": "none", "gelu_new": "tanh", "gelu_fast": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 _DTYPES = {name: dtype for dtype, name in DTYPES.items()}
@@ -127,14 +127,20 @@ def write_description(directory: Path, config: Config, export: Export, files: di
         special = "<|endoftext|>"
         names = {"bos_token": special, "eos_token": special, "unk_token": special}
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.seq_len, **names}
+        # transformers 4 would also make token_type_ids, which generate() refuses
+        settings["model_input_names"] = ["input_ids", "attention_mask"]
         texts["tokenizer_config.json"] = json.dumps(settings, indent=2) + "\n"
     if len(files) > 1:
-        weight_map = {name: file for file, names in files.items() for name in names}
-        index = {"metadata": {"total_size": config.parameters * export.dtype.itemsize}, "weight_map": weight_map}
-        texts["model.safetensors.index.json"] = json.dumps(index, indent=2) + "\n"
+        texts["model.safetensors.index.json"] = index_text(files, config.parameters * export.dtype.itemsize)
     for name, text in texts.items():
         with naming(directory / name):
             (directory / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+def index_text(files: dict[str, list[str]], total_bytes: int) -> str:
+    """The content of model.safetensors.index.json: which of several files holds which tensor."""
+    weight_map = {name: file for file, names in files.items() for name in names}
+    return json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, indent=2) + "\n"
 
 
 def save(
@@ -240,16 +246,16 @@ def read_weights(directory: Path | str, model: Pythia) -> Iterator[tuple[str, Te
     directory = Path(directory)
     ours = {huggingface_name(name): (name, p.shape) for name, p in model.named_parameters()}
     manifest = listed_files(directory)
-    for file in _weight_files(directory):
+    for file in weight_files(directory):
         try:
             checksums = listed(file, manifest)
             header, entries, _ = read_header(file)
             if checksums and hashlib.sha256(header).hexdigest() != checksums.get("header_sha256"):
                 raise ValueError("its header does not match its checksum")
             for name, entry in entries.items():
-                if _BUFFERS.fullmatch(name):
+                if BUFFERS.fullmatch(name):
                     continue
-                our_name, shape = _ours(file, name, entry, ours)
+                our_name, shape = take_parameter(file, name, entry, ours)
                 expected = checksums["tensors"].get(name, "") if checksums else None
                 yield our_name, _read_tensor(file, name, entry, len(header), expected).view(shape)
         except READ_ERRORS as error:
@@ -258,7 +264,9 @@ def read_weights(directory: Path | str, model: Pythia) -> Iterator[tuple[str, Te
         raise UserError(f"{directory} lacks {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
 
 
-def _ours(file: Path, name: str, entry: dict, ours: dict[str, tuple[str, torch.Size]]) -> tuple[str, torch.Size]:
+def take_parameter(
+    file: Path, name: str, entry: dict, ours: dict[str, tuple[str, torch.Size]]
+) -> tuple[str, torch.Size]:
     """Take a stored tensor's own name and shape from `ours`. Raises UserError if it does not fit."""
     text = repr(name[:100])  # a file can hold any name
     # transformers 5 calls the unembedding lm_head in memory, and other programs may write that name to files
@@ -296,10 +304,13 @@ def _read_tensor(file: Path, name: str, entry: dict, header_bytes: int, sha256: 
     return tensor.view(dtype)
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model. Raises UserError if one is missing or lies outside of the directory."""
-    index = directory / "model.safetensors.index.json"
-    files = [directory / "model.safetensors"]
+def weight_files(directory: Path, whole: str = "model.safetensors") -> list[Path]:
+    """The files with the weights of a model: `whole`, or the shards that its index names.
+
+    Raises UserError if one is missing or lies outside of the directory.
+    """
+    index = directory / f"{whole}.index.json"
+    files = [directory / whole]
     if os.path.lexists(index):
         try:
             names = sorted(set(json.loads(read_listed(index))["weight_map"].values()))
@@ -311,7 +322,9 @@ def _weight_files(directory: Path) -> list[Path]:
         files = [directory / name for name in names]
     for file in files:
         if not os.path.exists(file):  # noqa: PTH110 (Path.exists raises on a name that is too long)
-            pickled = (directory / "pytorch_model.bin").exists()
-            hint = "; pytorch_model.bin is a pickle, which is never read: convert it to safetensors" if pickled else ""
+            hint = ""
+            for pickled in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
+                if (directory / pickled).exists():
+                    hint = f"; {pickled} is there, but a pickle is never read: convert it to safetensors"
             raise UserError(f"{file} does not exist{hint}")
     return files

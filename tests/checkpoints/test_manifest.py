@@ -494,6 +494,19 @@ def test_clean_up_after_a_killed_save(run, monkeypatch):
     clean_up(run.parent / "nowhere")
 
 
+def test_the_command_takes_a_copy_of_the_model(run, tmp_path, capsys):
+    """Under any name, and without state/. Resuming still needs the state."""
+    copy = shutil.copytree(run / "step2", tmp_path / "my model", ignore=shutil.ignore_patterns("state"))
+    assert verify(copy)
+    assert f"ok   {copy}" in capsys.readouterr().out
+    assert any("state" in error for error in verify_checkpoint(copy))
+    (copy / MODEL).write_bytes((copy / MODEL).read_bytes()[:-1])
+    assert not verify(copy)
+    copy = shutil.copytree(run / "step2", tmp_path / "other")
+    (copy / "state" / "counters.json").unlink()
+    assert not verify(copy)
+
+
 # Nothing is pickled
 
 AUDITED = """

@@ -351,6 +351,10 @@ def test_tokenizer_opens_in_transformers(tmp_path):
     assert opened.decode(original.encode(TEXTS[1]).ids) == TEXTS[1]
     assert (opened.bos_token_id, opened.eos_token_id, opened.unk_token_id) == (0, 0, 0)
     assert opened.model_max_length == 2048
+    assert opened.model_input_names == ["input_ids", "attention_mask"]
+    model = transformers.GPTNeoXForCausalLM.from_pretrained(tmp_path / "model")
+    inputs = opened(TEXTS[0], return_tensors="pt")  # generate() refuses token_type_ids, which 4.57 would add
+    assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[0] == 1
 
 
 def test_saved_files_are_readable_by_others(tmp_path):
@@ -392,7 +396,10 @@ def test_a_pickle_is_never_read(micro, tmp_path):
     (micro / "pytorch_model.bin").write_bytes(pickle.dumps(Touch(touched)))
     load(micro)
     (micro / "model.safetensors").unlink()
-    refused(micro, micro / "model.safetensors", "pickle")
+    refused(micro, micro / "model.safetensors", "pytorch_model.bin is there", "pickle")
+    (micro / "pytorch_model.bin").rename(micro / "pytorch_model.bin.index.json")
+    refused(micro, micro / "model.safetensors", "pytorch_model.bin.index.json is there", "pickle")
+    (micro / "pytorch_model.bin.index.json").rename(micro / "pytorch_model.bin")
     (micro / "model.safetensors").write_bytes(pickle.dumps(Touch(touched)))
     refused(micro, micro / "model.safetensors")
     assert not touched.exists()
