@@ -2,6 +2,7 @@
 
 python checkpoint.py verify RUN             recompute every checksum of every checkpoint, name each bad file
 python checkpoint.py fetch 70m-deduped      published checkpoints from the Hugging Face hub, verified
+python checkpoint.py publish RUN OWNER/NAME every stepN as a branch of a repository on the hub, with a model card
 """
 
 import argparse
@@ -11,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from checkpoints.manifest import verify_checkpoint
+from checkpoints.publish import publish
 from checkpoints.published import audit, fetch, repository
 from runtime.errors import Parser, UserError, printable, run_command
 
@@ -52,9 +54,14 @@ def run_fetch(args: argparse.Namespace) -> None:
         print(printable(f"{repo}: the records of all its branches are consistent"))
 
 
+def run_publish(args: argparse.Namespace) -> None:
+    """Upload checkpoints of a run: each as branch stepN, the last one also as main. The same command again resumes."""
+    publish(args.run, args.repo, args.steps, args.private, args.dry_run)
+
+
 def main() -> None:
     parser = Parser(description="Check, fetch and publish checkpoints.")
-    commands = parser.add_subparsers(required=True, metavar="verify | fetch")
+    commands = parser.add_subparsers(required=True, metavar="verify | fetch | publish")
 
     def add(name: str, run) -> Parser:
         command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
@@ -72,6 +79,13 @@ def main() -> None:
     command.add_argument("--seed", type=int, help="1 to 9: the PolyPythias of 14m to 410m")
     command.add_argument("--out", type=Path, metavar="DIR", help="default: published/NAME")
     command.add_argument("--audit", action="store_true", help="only compare the hub's records of all revisions")
+
+    command = add("publish", run_publish)
+    command.add_argument("run", type=Path, help="a run directory like runs/pythia-14m")
+    command.add_argument("repo", help="OWNER/NAME on the hub; it is created if it is missing")
+    command.add_argument("--steps", default="all", help="all, or a list like 0,512,1000:143000:10000 (default: all)")
+    command.add_argument("--private", action="store_true", help="create a private repository")
+    command.add_argument("--dry-run", action="store_true", help="only write what would be uploaded, to RUN.publish/")
 
     args = parser.parse_args()
     args.command(args)

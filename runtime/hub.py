@@ -185,3 +185,29 @@ def request(revision: Revision, name: str, file, begin: int, count: int) -> None
                 raise
     if file.tell() != count:
         raise OSError(f"{name} has {file.tell()} bytes, not {count}")
+
+
+def upload(repo: str, branch: str, folder: Path, private: bool) -> None:
+    """Make a branch of a model repository hold exactly the files of a folder; both are created if they are missing.
+
+    What the branch has already is not sent again. Raises UserError.
+    """
+    from huggingface_hub import HfApi
+
+    with hub_errors(repo, branch):
+        api = HfApi()
+        api.create_repo(repo, private=private, exist_ok=True)
+        api.create_branch(repo, branch=branch, exist_ok=True)
+        there = resolve(repo, branch).files
+        paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        stale = there.keys() - paths.keys() - {".gitattributes"}
+        if not stale and all(name in there and there[name].matches(path) for name, path in paths.items()):
+            return
+        message = f"Upload {branch}"
+        api.upload_folder(
+            repo_id=repo, revision=branch, folder_path=folder, commit_message=message, delete_patterns=sorted(stale)
+        )
+        there = resolve(repo, branch).files
+        for name, path in paths.items():
+            if name not in there or not there[name].matches(path):
+                raise UserError(f"{repo}, branch {branch}: {name} is not what was sent; run the same command again")
