@@ -148,7 +148,7 @@ def _download(revision: Revision, name: str, path: Path) -> None:
     if part.exists() and part.stat().st_size > remote.bytes:
         part.unlink()
     with naming(part), part.open("ab") as file:
-        request(revision, name, file, 0, remote.bytes)
+        request(revision, name, file, remote.bytes)
     if not remote.matches(part):
         part.unlink()
         raise UserError(
@@ -160,8 +160,8 @@ def _download(revision: Revision, name: str, path: Path) -> None:
     flush(path.parent)
 
 
-def request(revision: Revision, name: str, file, begin: int, count: int) -> None:
-    """Append bytes begin .. begin + count - 1 of a file to an open one, which may have the first of them already.
+def request(revision: Revision, name: str, file, end: int, shift: int = 0) -> None:
+    """Append to an open local file until it has `end` bytes. Its byte k is byte k + shift of the remote file.
 
     Goes on where a broken connection stopped. Raises OSError or what huggingface_hub raises.
     """
@@ -170,12 +170,16 @@ def request(revision: Revision, name: str, file, begin: int, count: int) -> None
     from huggingface_hub.utils import OfflineModeIsEnabled, build_hf_headers
 
     url = hf_hub_url(revision.repo, name, repo_type=revision.repo_type, revision=revision.commit)
-    last, vain = begin + count - 1, 0
-    while (done := file.tell()) < count and vain < ATTEMPTS:
+    vain = 0
+    while (done := file.tell()) < end and vain < ATTEMPTS:
         # identity: a range of a compressed answer is not a range of the file
-        headers = {**build_hf_headers(), "Accept-Encoding": "identity", "Range": f"bytes={begin + done}-{last}"}
+        headers = {
+            **build_hf_headers(),
+            "Accept-Encoding": "identity",
+            "Range": f"bytes={done + shift}-{end + shift - 1}",
+        }
         try:
-            http_get(url, file, headers=headers, expected_size=count - done, displayed_filename=name)
+            http_get(url, file, headers=headers, expected_size=end - done, displayed_filename=name)
         except (errors.HfHubHTTPError, OfflineModeIsEnabled):
             raise
         except (OSError, errors.HTTPError) as error:
@@ -183,8 +187,8 @@ def request(revision: Revision, name: str, file, begin: int, count: int) -> None
             vain = 0 if file.tell() > done else vain + 1
             if vain == ATTEMPTS or getattr(error, "errno", None) in DISK:
                 raise
-    if file.tell() != count:
-        raise OSError(f"{name} has {file.tell()} bytes, not {count}")
+    if file.tell() != end:
+        raise OSError(f"{name} has {file.tell()} bytes, not {end}")
 
 
 def upload(repo: str, branch: str, folder: Path, private: bool) -> None:
