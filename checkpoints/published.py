@@ -38,7 +38,7 @@ NAMES = (
 # What users of the published files have reported: repository, which steps, what is wrong.
 ERRATA = (
     ("pythia-2.8b", lambda step: step < LAST, "86 of its 154 branches are reported to hold the weights of the last step"
-     " (github.com/EleutherAI/pythia/issues/205), among them all up to step 53000: --audit shows which"),
+     " (github.com/EleutherAI/pythia/issues/205), among them all up to step 53000: fetch --audit shows which"),
     ("pythia-12b", lambda step: step in (50_000, 58_000), "its first shard is reported to be that of the last step"
      " (github.com/EleutherAI/pythia/issues/206)"),
     ("pythia-160m-weight-seed", lambda step: step == 0, "it is reported not to belong to the later steps"

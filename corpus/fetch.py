@@ -73,7 +73,7 @@ def shard_names(revision: Revision) -> list[str]:
 
 
 def fetch_shards(revision: Revision, chosen: str | None, out: Path) -> None:
-    """Download the index and shards, all or "0-3" or "2", and record the sizes of all in SHARDS.json.
+    """Download the index and shards, all or "0-3" or "2", and record the sizes of all in NAME.shards.json.
 
     Raises UserError or OSError.
     """
