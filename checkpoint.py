@@ -3,6 +3,7 @@
 python checkpoint.py verify RUN             recompute every checksum of every checkpoint, name each bad file
 python checkpoint.py fetch 70m-deduped      published checkpoints from the Hugging Face hub, verified
 python checkpoint.py publish RUN OWNER/NAME every stepN as a branch of a repository on the hub, with a model card
+python checkpoint.py convert global_step143000 --out DIR      a checkpoint in GPT-NeoX's own format
 """
 
 import argparse
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from checkpoints.manifest import verify_checkpoint
 from checkpoints.publish import publish
-from checkpoints.published import audit, fetch, repository
+from checkpoints.published import audit, convert, fetch, repository
 from runtime.errors import Parser, UserError, printable, run_command
 
 
@@ -59,9 +60,15 @@ def run_publish(args: argparse.Namespace) -> None:
     publish(args.run, args.repo, args.steps, args.private, args.dry_run)
 
 
+def run_convert(args: argparse.Namespace) -> None:
+    """Write GPT-NeoX's own checkpoint, its files layer_*-model_*-model_states.pt, as OUT/stepN. Nothing is unpickled;
+    optimizer states are not read."""
+    convert(args.source, args.out)
+
+
 def main() -> None:
-    parser = Parser(description="Check, fetch and publish checkpoints.")
-    commands = parser.add_subparsers(required=True, metavar="verify | fetch | publish")
+    parser = Parser(description="Check, fetch, publish and convert checkpoints.")
+    commands = parser.add_subparsers(required=True, metavar="verify | fetch | publish | convert")
 
     def add(name: str, run) -> Parser:
         command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
@@ -86,6 +93,10 @@ def main() -> None:
     command.add_argument("--steps", default="all", help="all, or a list like 0,512,1000:143000:10000 (default: all)")
     command.add_argument("--private", action="store_true", help="create a private repository")
     command.add_argument("--dry-run", action="store_true", help="only write what would be uploaded, to RUN.publish/")
+
+    command = add("convert", run_convert)
+    command.add_argument("source", type=Path, help="a directory global_stepN")
+    command.add_argument("--out", type=Path, required=True, metavar="OUT", help="where stepN is written")
 
     args = parser.parse_args()
     args.command(args)

@@ -6,6 +6,7 @@ A fetched stepN has a manifest like our own checkpoints, so that everything whic
 import difflib
 import json
 import re
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from model import SIZES, Pythia
 from model.huggingface import read_config, read_weights, weight_files
+from model.neox import convert_neox
 from model.sizes import is_published_step, parse_steps
 from model.torch_weights import TORCH_WEIGHTS, convert_torch_files
 from runtime.errors import UserError, printable
@@ -161,6 +163,30 @@ def _download_model(revision: Revision, directory: Path) -> list[Path]:
         pass
     index = directory / f"{WHOLE[0]}.index.json"
     return sorted([*(directory / name for name in small), *weight_files(directory), *[index] * index.exists()])
+
+
+def convert(source: Path, out: Path) -> None:
+    """Write GPT-NeoX's own checkpoint source = .../global_stepN as out/stepN, with a manifest. Raises UserError."""
+    match = re.fullmatch(r"global_step(\d{1,9})", source.absolute().name)
+    if not match:
+        raise UserError(f"{source} is not named global_stepN, as GPT-NeoX names its checkpoints")
+    step = int(match[1])
+    final, temporary = out / f"step{step}", out / f".step{step}.convert"
+    if final.exists():
+        raise UserError(f"{final} exists: remove it, or choose another --out")
+    try:
+        convert_neox(source, temporary)
+        with torch.device("meta"):
+            model = Pythia(read_config(temporary))
+        for _ in read_weights(temporary, model):  # finite values
+            pass
+        content = {path.name: checksums(path) for path in sorted(temporary.iterdir())}
+        write_manifest(temporary, {"format": FORMAT, "step": step, "files": content})
+        temporary.rename(final)
+    except OSError as error:
+        raise UserError(f"{final} cannot be written: {reason(error)}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def weight_names(revision: Revision, directory: Path) -> list[str]:

@@ -37,7 +37,7 @@ FAULTS = (*READ_ERRORS, zipfile.BadZipFile, NotImplementedError, RuntimeError, E
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor in a torch file: a view, with shape and stride in elements, of a storage of `count` elements."""
+    """A tensor in a torch file: a view, with shape and stride in elements, of a storage."""
 
     path: Path
     dtype: torch.dtype
@@ -45,18 +45,20 @@ class FileTensor:
     stride: tuple[int, ...]
     first: int  # element of the storage
     begin: int  # byte of the file at which the storage begins
-    count: int
 
     def read(self) -> Tensor:
-        """The values, contiguous. Raises UserError if the file cannot be read."""
+        """The values, contiguous. Reads only the part of the storage that they span. Raises UserError."""
         try:
-            data = torch.empty(self.count * self.dtype.itemsize, dtype=torch.uint8)
+            if 0 in self.shape:
+                return torch.empty(self.shape, dtype=self.dtype)
+            span = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride))
+            data = torch.empty(span * self.dtype.itemsize, dtype=torch.uint8)
             with open_regular(self.path) as file:
-                file.seek(self.begin)
+                file.seek(self.begin + self.first * self.dtype.itemsize)
                 if file.readinto(data.numpy()) < len(data):
                     raise OSError("it is shorter than it was")
-            return data.view(self.dtype).as_strided(self.shape, self.stride, self.first).contiguous()
-        except (OSError, ValueError, RuntimeError, OverflowError, TypeError) as error:  # the last three: of as_strided
+            return data.view(self.dtype).as_strided(self.shape, self.stride).contiguous()
+        except (OSError, ValueError, RuntimeError, OverflowError, TypeError) as error:  # the last three: of torch
             raise UserError(f"{self.path} cannot be read: {reason(error).splitlines()[0]}") from None
 
 
@@ -212,4 +214,4 @@ class _Reader:
             raise ValueError("a tensor is larger than its storage")
         if first > storage.count:
             raise ValueError("a tensor begins after its storage")
-        return FileTensor(self.path, storage.dtype, tuple(shape), tuple(stride), first, storage.begin, storage.count)
+        return FileTensor(self.path, storage.dtype, tuple(shape), tuple(stride), first, storage.begin)
