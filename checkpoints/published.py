@@ -64,13 +64,14 @@ def repository(name: str, seed: int | None = None) -> str:
     return f"{OWNER}/{name}"
 
 
-def warnings(repo: str, step: int) -> list[str]:
-    """What is known to be wrong with a published revision, one line each."""
+def warnings(repo: str, steps: list[int]) -> list[str]:
+    """What is known to be wrong with some of these revisions of a repository, one line for each fault."""
     found = []
     for name, concerns, text in ERRATA:
         same = repo.startswith(f"{OWNER}/{name}") if name.endswith("seed") else repo == f"{OWNER}/{name}"
-        if same and concerns(step):
-            found.append(f"warning: {repo}, step{step}: {text}")
+        if same and (wrong := [f"step{step}" for step in steps if concerns(step)]):
+            more = f" and {len(wrong) - 3} more" if wrong[3:] else ""
+            found.append(f"warning: {repo}, {', '.join(wrong[:3])}{more}: {text}")
     return found
 
 
@@ -106,17 +107,38 @@ def fetch(repo: str, steps: str, out: Path) -> None:
     if (out / "run.json").exists():
         raise UserError(f"{out} is a run that was trained here: choose another --out")
     known = steps_and_branches(repo)
-    for step in tqdm(choose(repo, steps, known), unit="checkpoint", disable=None):
-        for line in warnings(repo, step):
-            tqdm.write(line)
-        if known[step] == "main":
-            tqdm.write(f"note: {repo} has no branch step{step}: main is taken for it")
-        revision, final = resolve(repo, known[step]), out / f"step{step}"
-        try:
-            text = "is there already" if _is_there(final, revision) else _fetch(revision, step, final)
-        except OSError as error:
-            raise UserError(f"{final} cannot be written: {reason(error)}") from None
-        tqdm.write(printable(f"{final}: {text}"))
+    chosen = choose(repo, steps, known)
+    for line in warnings(repo, chosen):
+        tqdm.write(line)
+    revisions = {step: resolve(repo, known[step]) for step in tqdm(chosen, desc="asking", unit="step", disable=None)}
+    try:
+        missing = [step for step in chosen if not _is_there(out / f"step{step}", revisions[step])]
+        _check_space([revisions[step] for step in missing], out)
+        for step in tqdm(missing, unit="checkpoint", disable=None):
+            if known[step] == "main":
+                tqdm.write(f"note: {repo} has no branch step{step}: main is taken for it")
+            _fetch(revisions[step], step, out / f"step{step}")
+            tqdm.write(printable(f"{out / f'step{step}'}: {repo} at {revisions[step].commit[:12]}, verified"))
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {reason(error)}") from None
+    if there := len(chosen) - len(missing):
+        print(f"{there} of {len(chosen)} checkpoints were there already")
+
+
+def _check_space(revisions: list[Revision], out: Path) -> None:
+    """Raise UserError if there is no room for all revisions. One that is converted needs its room twice for a time."""
+    needed, twice = 0, 0
+    for revision in revisions:
+        sizes = dict.fromkeys((".safetensors", ".bin"), 0)
+        for name, remote in revision.files.items():
+            if WEIGHTS.fullmatch(name):
+                sizes[Path(name).suffix] += remote.bytes
+        needed += sizes[".safetensors"] or sizes[".bin"]
+        twice = max(twice, 0 if sizes[".safetensors"] else sizes[".bin"])
+    out.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(out).free) < needed + twice:
+        size = f"{len(revisions)} checkpoints need {(needed + twice) / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+        raise UserError(f"no room in {out}: {size}; nothing was downloaded")
 
 
 def _is_there(final: Path, revision: Revision) -> bool:
@@ -134,7 +156,7 @@ def _source(revision: Revision) -> dict:
     return {"repo": revision.repo, "revision": revision.name, "commit": revision.commit}
 
 
-def _fetch(revision: Revision, step: int, final: Path) -> str:
+def _fetch(revision: Revision, step: int, final: Path) -> None:
     temporary = final.with_name(f".{final.name}.fetch")
     temporary.mkdir(parents=True, exist_ok=True)
     if (temporary / MANIFEST).exists() and read_manifest(temporary).get("source") != _source(revision):
@@ -146,7 +168,6 @@ def _fetch(revision: Revision, step: int, final: Path) -> str:
     for path in (*temporary.glob("pytorch_model*"), *temporary.glob(".*.part")):
         path.unlink()
     temporary.rename(final)
-    return f"{revision.repo} at {revision.commit[:12]}, verified"
 
 
 def _download_model(revision: Revision, directory: Path) -> list[Path]:

@@ -67,7 +67,9 @@ def hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
     except errors.GatedRepoError:
         message = f"{where} is gated: accept its terms on its page there, and set HF_TOKEN to a token of your account"
     except errors.RepositoryNotFoundError:
-        message = f"there is no repository {where}; if it is private, set HF_TOKEN"
+        message = f"there is no repository {where}, or it is private and HF_TOKEN does not open it"
+    except errors.LocalTokenNotFoundError:
+        message = f"{where} needs a token: set HF_TOKEN"
     except errors.RevisionNotFoundError:
         message = f"{where} has no revision {revision}"
     except errors.HFValidationError as error:
@@ -103,11 +105,15 @@ def resolve(repo: str, revision: str, repo_type: str = "model") -> Revision:
     with hub_errors(repo, revision):
         info = HfApi().repo_info(repo, revision=revision, repo_type=repo_type, files_metadata=True)
     files = {}
-    for file in info.siblings:
+    for file in info.siblings or []:
         path = PurePosixPath(file.rfilename)
         if path.is_absolute() or ".." in path.parts or "\\" in file.rfilename or not file.rfilename.isprintable():
             raise UserError(f"{repo} names a file outside of its directory: {file.rfilename!r}")
         lfs = file.lfs.sha256 if file.lfs else None
+        if file.size is None or not (lfs or file.blob_id):
+            raise UserError(
+                f"{repo}: the hub records no size or checksum of {file.rfilename}, so it cannot be verified"
+            )
         files[file.rfilename] = Remote(file.size, lfs, file.blob_id)
     return Revision(repo, revision, info.sha, files, repo_type)
 

@@ -114,7 +114,7 @@ def test_what_is_there_is_not_fetched_again(server, tmp_path, capsys):
     server.log.clear()
     fetch(REPO, "0:1:1", tmp_path / "out")
     assert not [entry for entry in server.log if "cdn" in entry["path"] and "bin" in entry["path"]]
-    assert f"{tmp_path / 'out' / 'step1'}: is there already" in capsys.readouterr().out
+    assert "1 of 2 checkpoints were there already" in capsys.readouterr().out
     config = server.root / "models" / REPO / "step1" / "config.json"
     config.write_text(config.read_text() + " ")
     refused(lambda: fetch(REPO, "1", tmp_path / "out"), "is not EleutherAI/pythia-14m at")
@@ -150,6 +150,26 @@ def test_refusals(server, tmp_path):
     assert not (out / "step1000").exists()
 
 
+def test_space_is_checked_first(server, tmp_path, monkeypatch):
+    """For all steps together; a torch file needs its room twice while it is converted."""
+    sizes = {
+        step: sum(path.stat().st_size for path in (server.root / "models" / REPO / f"step{step}").glob("*model*"))
+        for step in (0, 1)
+    }
+    for free, enough in ((sizes[0] + 2 * sizes[1], True), (sizes[0] + 2 * sizes[1] - 1, False)):
+        server.log.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda path, free=free: shutil._ntuple_diskusage(free, 0, free))
+            out = tmp_path / str(enough)
+            if enough:
+                fetch(REPO, "0,1", out)
+            else:
+                refused(
+                    lambda out=out: fetch(REPO, "0,1", out), "no room in", "2 checkpoints", "nothing was downloaded"
+                )
+                assert not [entry for entry in server.log if "resolve" in entry["path"]]
+
+
 def test_weights_that_do_not_fit(server, tmp_path):
     branch = server.root / "models" / REPO / "step1"
     tensors = torch.load(branch / "pytorch_model.bin", weights_only=True)
@@ -170,10 +190,11 @@ def test_weights_that_do_not_fit(server, tmp_path):
 
 
 def test_errata_are_warned_of(capsys, server, tmp_path):
-    assert len(warnings("EleutherAI/pythia-2.8b", 5000)) == 1
-    assert "issues/206" in warnings("EleutherAI/pythia-12b", 50_000)[0]
-    assert "issues/198" in warnings("EleutherAI/pythia-160m-weight-seed2", 0)[0]
-    assert warnings("EleutherAI/pythia-12b", 51_000) == warnings("EleutherAI/pythia-2.8b-deduped", 0) == []
+    (line,) = warnings("EleutherAI/pythia-2.8b", [0, 1, 2, 4, 8, 143_000])
+    assert "step0, step1, step2 and 2 more: 86 of its 154 branches" in line
+    assert "step50000: its first shard" in warnings("EleutherAI/pythia-12b", [50_000, 51_000])[0]
+    assert "issues/198" in warnings("EleutherAI/pythia-160m-weight-seed2", [0])[0]
+    assert warnings("EleutherAI/pythia-12b", [51_000]) == warnings("EleutherAI/pythia-2.8b-deduped", [0]) == []
     (server.root / "models/EleutherAI/pythia-14m").rename(server.root / "models/EleutherAI/pythia-2.8b")
     fetch("EleutherAI/pythia-2.8b", "0", tmp_path / "out")
     assert "warning: EleutherAI/pythia-2.8b, step0: 86 of its 154 branches" in capsys.readouterr().out
@@ -214,7 +235,7 @@ def test_the_command(server, tmp_path):
     done = run("fetch", "14m", "--steps", "0,1")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "published/pythia-14m/step1/manifest.json").exists()
-    assert run("verify", "published/pythia-14m").stdout.endswith("2 of 2 checkpoints are whole\n")
+    assert checkpoint.verify(tmp_path / "published/pythia-14m")
     done = run("fetch", "14m", "--audit")
     assert (done.returncode, done.stdout.count("\n")) == (1, 151)
     done = run("fetch", "lab/none")
