@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -77,7 +78,8 @@ EXACT = (
 def publish(run: Path, repo: str, steps: str, private: bool, dry_run: bool) -> None:
     """Upload checkpoints of a run, each as branch stepN, the last one also as main; the same call again resumes.
 
-    The layout is made in RUN.publish/BRANCH, of hard links; dry_run keeps it and uploads nothing. Raises UserError.
+    The layout is made in RUN.publish/BRANCH, with hard links to the weights; dry_run keeps it and uploads nothing.
+    Raises UserError.
     """
     if len(repo.split("/")) != 2:
         raise UserError(f"{repo} is not the name of a repository: OWNER/NAME")
@@ -125,9 +127,12 @@ def _stage(run: Path, step: int, branch: Path, card: str) -> None:
     manifest = read_checkpoint(source)
     files = {name: entry for name, entry in manifest["files"].items() if "/" not in name}
     for name in files:
-        try:
-            os.link(source / name, branch / name)
-        except OSError:  # a file system without hard links
+        linked = False
+        if name.endswith(".safetensors"):  # not small files, which a user may edit here
+            with suppress(OSError):  # of a file system without hard links
+                os.link(source / name, branch / name)
+                linked = True
+        if not linked:
             shutil.copyfile(source / name, branch / name)
     generation = {"_from_model_config": True, "bos_token_id": 0, "eos_token_id": 0}
     texts = {"README.md": card, "generation_config.json": json.dumps(generation, indent=2) + "\n"}

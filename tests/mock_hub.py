@@ -5,6 +5,7 @@ holds. Files with a suffix in LFS have a sha256 and are redirected to /cdn/, as 
 
     cut        the first GET of every LFS file ends after so many bytes, and the connection is closed
     flip       names of files that are sent with one bit wrong
+    stall      names of files of which only the first half is sent, then nothing
     gated      repositories that need a token
     log        one dict for every request
 """
@@ -42,7 +43,7 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self, root: Path):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.root, self.cut, self.flip, self.gated, self.log = root, 0, set(), set(), []
+        self.root, self.cut, self.flip, self.stall, self.gated, self.log = root, 0, set(), set(), set(), []
         self.was_cut, self.hashes = set(), {}
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -200,6 +201,12 @@ class Handler(BaseHTTPRequestHandler):
         if rel in self.server.flip:
             data[-1] ^= 1
         if not self.begin(status, last + 1 - first, **headers):
+            return
+        if rel in self.server.stall:
+            self.wfile.write(data[first : len(data) // 2])
+            while rel in self.server.stall:
+                time.sleep(0.05)
+            self.close_connection = True
             return
         cut = self.server.cut if lfs and self.path not in self.server.was_cut else 0
         if cut:

@@ -54,6 +54,7 @@ def test_dry_run(trained, tmp_path, server, monkeypatch):
         assert found.mismatches == []
         assert found.checked_count > 3
     model.generate(**inputs, max_new_tokens=2)
+    assert not (layout / "step8/config.json").samefile(trained / "step8/config.json")  # a user may edit it
     for branch in layout.iterdir():
         assert verify_checkpoint(branch) == []
         assert not (branch / "state").exists()

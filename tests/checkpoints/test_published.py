@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -133,6 +134,25 @@ def test_an_interrupted_fetch_goes_on(server, tmp_path, monkeypatch):
         fetch(REPO, "1000", out)
         assert not [entry for entry in server.log if "cdn" in entry["path"]]
         assert verify_checkpoint(out / "step1000") == []
+
+
+def test_a_killed_fetch_goes_on(server, tmp_path):
+    """Killed while it downloads the second of three shards: what is whole is not asked for again."""
+    server.stall = {"pytorch_model-00002-of-00003.bin"}
+    environment = {**os.environ, "HF_ENDPOINT": server.url, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, ROOT / "checkpoint.py", "fetch", "14m", "--steps", "all", "--out", tmp_path / "out"]
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not any("cdn" in entry["path"] and "00002-of" in entry["path"] for entry in server.log):
+        assert child.poll() is None
+        time.sleep(0.05)
+    child.kill()
+    child.wait()
+    assert sorted(path.name for path in (tmp_path / "out").glob("step*")) == ["step0", "step1"]
+    server.stall, before = set(), len(server.log)
+    fetch(REPO, "all", tmp_path / "out")
+    sent = {entry["path"].rpartition("/")[2] for entry in server.log[before:] if "cdn" in entry["path"]}
+    assert sent == {"pytorch_model-00002-of-00003.bin", "pytorch_model-00003-of-00003.bin", "model.safetensors"}
+    assert checkpoint.verify(tmp_path / "out")
 
 
 def test_refusals(server, tmp_path):
