@@ -33,13 +33,13 @@ def add_fetch_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("name", choices=DATA_SETS, help="which data set; the first two are in the order of training")
     command.add_argument("--shards", metavar="0-3", help="only these shards (default: all)")
     command.add_argument("--step", type=int, metavar="T", help="only the rows of this step; the first step is 0")
-    command.add_argument("--out", type=Path, metavar="DIR", help="default: data/NAME")
+    command.add_argument("--out", type=Path, metavar="DIR", help="default: pile/NAME")
 
 
 def run_fetch(args: argparse.Namespace) -> None:
     """Download the published training data, verified. The same command again resumes. With --step, the rows of one
     step only: 4 MB."""
-    out = args.out or Path("data") / args.name
+    out = args.out or Path("pile") / args.name
     repo, shuffled = DATA_SETS[args.name]
     if args.step is not None and (args.shards is not None or not shuffled):
         raise UserError("--step works alone, and with standard and deduped only")

@@ -73,21 +73,27 @@ def hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
     except errors.RevisionNotFoundError:
         message = f"{where} has no revision {revision}"
     except errors.HFValidationError as error:
-        message = f"{repo} is not the name of a repository: {str(error).splitlines()[0]}"
+        message = f"{repo} is not the name of a repository: {_line(error)}"
     except OfflineModeIsEnabled:
         message = f"{where} cannot be asked: HF_HUB_OFFLINE is set"
     except errors.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         advice = "; set HF_TOKEN to a token that may do this" if status in (401, 403) else ""
-        message = f"{where} answers with an error: {str(error).splitlines()[0]}{advice}"
+        message = f"{where} answers with an error: {_line(error)}{advice}"
+    except ValueError as error:  # a page of a proxy or a login instead of JSON
+        message = f"{where} answers with what is not a hub's answer: {_line(error)}"
     except (OSError, errors.HTTPError) as error:
         if getattr(error, "errno", None) in DISK:
             message = f"{repo} cannot be stored: {reason(error)}"
         else:
-            message = f"{where} cannot be reached: {(str(error).splitlines() or [repr(error)])[0]}"
+            message = f"{where} cannot be reached: {_line(error)}"
     else:
         return
     raise UserError(message)
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [repr(error)])[0][:300]
 
 
 def branches(repo: str, repo_type: str = "model") -> list[str]:

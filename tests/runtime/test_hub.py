@@ -161,6 +161,17 @@ def test_no_network(tmp_path, monkeypatch):
     refused("lab/model", "http://127.0.0.1:9 cannot be reached")
 
 
+def test_an_answer_that_is_no_hubs(server, tmp_path, monkeypatch):
+    """A proxy's page instead of JSON."""
+
+    def page(handler, *_):
+        if handler.begin(200, 6, Content_Type="text/html"):
+            handler.wfile.write(b"<html>")
+
+    monkeypatch.setattr("mock_hub.Handler.info", page)
+    refused(f"lab/model on {server.url} answers with what is not a hub's answer")
+
+
 def test_offline(server, tmp_path):
     environment = {
         **os.environ,
