@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import io
+import json
 import math
 import os
 import stat
@@ -17,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from runtime.errors import UserError
+from runtime.files import read_small
 
 # The index of Megatron and GPT-NeoX (MMapIndexedDataset), little-endian: HEADER, then int32 sizes in tokens [n],
 # int64 positions in the .bin in bytes [n], int64 document marks [m] (the sequence at which each document starts).
@@ -90,6 +92,20 @@ class DataFile:
             return np.memmap(file, dtype, "r", begin, shape)
 
 
+class AbsentShard:
+    """A shard of known size that `data.py fetch --shards` did not fetch. Reading it raises UserError."""
+
+    def __init__(self, path: Path, size: int):
+        self.path, self.bytes, self.status = path, size, None
+
+    def read(self, begin: int, count: int) -> bytes:
+        number = int(self.path.stem[-14:-9])
+        raise UserError(f"{self.path} is not here: get it with `python data.py fetch NAME --shards {number} --out DIR`")
+
+    def blocks(self, label: str) -> Iterator[bytes]:
+        yield self.read(0, self.bytes)
+
+
 class StoredArray:
     """An array in a DataFile: array[a:b] reads these rows (0 <= a <= b), np.asarray(array) all of them."""
 
@@ -128,6 +144,18 @@ def open_npy(path: Path) -> StoredArray:
     if fortran_order or dtype.hasobject or head.tell() + math.prod(shape) * dtype.itemsize != file.bytes:
         raise ValueError(f"{path.name} does not have the size that its header says")
     return StoredArray(file, head.tell(), dtype, shape)
+
+
+def recorded_shards(prefix: Path) -> dict[Path, int]:
+    """The shards and their sizes in bytes, in order, as `data.py fetch` recorded them; {} if it did not."""
+    record = Path(f"{prefix}.shards.json")
+    try:
+        shards = json.loads(read_small(record, 1 << 24))["shards"]
+        return {prefix.with_name(name): int(shards[name]["bytes"]) for name in sorted(shards)}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{record} is damaged ({error!r:.200}): fetch the data again") from None
 
 
 def bin_files(prefix: Path) -> tuple[list[Path], str]:
@@ -172,8 +200,10 @@ class IndexedTokens:
         self.prefix, self.index_file = Path(prefix), Path(f"{prefix}.idx")
         index = DataFile(self.index_file)
         self._read_index(index)
-        self.files, hint = bin_files(self.prefix)
-        self.shards = [DataFile(path) for path in self.files]
+        sizes = recorded_shards(self.prefix)
+        self.files, hint = ([*sizes], "") if sizes else bin_files(self.prefix)
+        absent = {path for path in sizes if not os.path.lexists(path)}
+        self.shards = [AbsentShard(path, sizes[path]) if path in absent else DataFile(path) for path in self.files]
         # first byte of each shard in the data set, and the end
         self._starts = [0, *accumulate(shard.bytes for shard in self.shards)]
         width = self.dtype.itemsize

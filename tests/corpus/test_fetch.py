@@ -12,7 +12,7 @@ from corpus import fetch
 from corpus.fetch import add_fetch_arguments, run_fetch
 from corpus.order import ShuffledRows
 from corpus.tokenizer import byte_tokenizer
-from data import batch
+from data import batch, fingerprint
 from runtime.errors import UserError
 
 STEPS, BATCH, ROW = 6, 4, 33
@@ -70,6 +70,18 @@ def test_some_shards(server, tmp_path):
     assert {name: entry["bytes"] for name, entry in record.items()} == {
         name: (server.main / name).stat().st_size for name in shards
     }
+    rows = ShuffledRows(tmp_path / "out", ROW - 1)
+    whole = [i for i in range(len(rows)) if i * ROW * 2 >= CUTS[0]]
+    np.testing.assert_array_equal(np.stack([rows[i] for i in whole]), server.rows[whole])
+    with pytest.raises(UserError, match=r"00000-of-00002.bin is not here.*--shards 0"):
+        rows[whole[0] - 1]
+    with pytest.raises(UserError, match=r"00000-of-00002.bin is not here"):
+        fingerprint(rows)
+    run("standard", "--shards", "0", "--out", tmp_path / "out")
+    assert len(fingerprint(ShuffledRows(tmp_path / "out", ROW - 1))["shards"]) == 3
+    (tmp_path / "out/document.shards.json").write_text("[")
+    with pytest.raises(UserError, match=r"shards.json is damaged"):
+        ShuffledRows(tmp_path / "out", ROW - 1)
     for text in ("3", "0-3", "2-1", "a", "-1"):
         refused("standard", f"--shards={text}", "--out", tmp_path / "out", words="--shards")
 
