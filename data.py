@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from corpus.fetch import add_fetch_arguments, run_fetch
 from corpus.indexed import DataFile, IndexedTokens, sha256
 from corpus.loader import digest, row_digests
 from corpus.order import Order, Rows, ShuffledRows, epochs_for, identity, is_current
@@ -426,6 +427,7 @@ def main() -> None:
     command.add_argument("--text-key", default="text", metavar="KEY", help="of JSON lines (default: %(default)s)")
     command.add_argument("--skip-bad", action="store_true", help="leave bad JSON lines out, print their number")
 
+    add_fetch_arguments(add("fetch", run_fetch, "standard --step 1000"))
     info = add("info", run_info, "--data corpora/mine --steps 1000")
     view = add("view", run_view, "--run runs/pythia-14m --step 10 --row 3")
     for command in (info, view):
