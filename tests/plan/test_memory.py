@@ -86,8 +86,8 @@ end_dist(ranks, together=True)
 # micro-batch, tokens of a row, precision, recompute, shard, micro-steps, whole gradients. Rows have more than 512
 # tokens: on CPUs, attention of shorter rows saves its probabilities.
 ONE = [
-    (2, 576, "bf16", "none", "none", 2, True),
     (1, 576, "fp32", "cheap", "none", 1, True),
+    (2, 576, "bf16", "none", "none", 2, True),  # CPUs without bfloat16 products take minutes
 ]
 TWO = [
     (2, 576, "bf16", "none", "full", 2, True),
@@ -107,7 +107,7 @@ def check_measured(world: int, shape: dict, cases: list, folder: Path, environme
     line = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", world]
     line += [folder / "steps.py", json.dumps(shape), json.dumps(cases)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=900, env=environment)
+    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=3600, env=environment)
     assert done.returncode == 0, done.stderr
     config, wrong = replace(SIZES["14m"], **shape), []
     for case, peak in zip(cases, map(int, done.stdout.split()), strict=True):
@@ -122,8 +122,8 @@ def check_measured(world: int, shape: dict, cases: list, folder: Path, environme
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     ("world", "cases"),
-    [(1, ONE), pytest.param(2, TWO, marks=pytest.mark.slow), pytest.param(2, EVERY, marks=pytest.mark.slow)],
-    ids=["1", "2", "every"],
+    [(1, ONE[:1]), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, ONE[1:]), (2, TWO), (2, EVERY)))],
+    ids=["1", "bf16", "2", "every"],
 )
 def test_memory_is_what_a_cpu_takes(world, cases, tmp_path):
     # A small vocab: the reference of the loss takes another chunk of logits than the kernels.
