@@ -85,6 +85,9 @@ class Step:
 
     def __init__(self, model: Pythia, gradients: Gradients, optimizer: torch.optim.AdamW, dist: Dist):
         self.model, self.gradients, self.optimizer, self.dist = model, gradients, optimizer, dist
+        # By default cuBLAS may add the partial sums of a product in 16 bits. Weight gradients sum over all tokens.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         sharded, small = isinstance(model, FSDPModule), model.config.parameters < GRAPH_BELOW
         self.cast_weights = CastWeights([] if sharded else list(model.blocks), model.compute_dtype)
         # The reference of the loss reads a value from the device, which a CUDA graph cannot do.

@@ -70,7 +70,8 @@ def dtype_of(s: Namespace, name: str) -> torch.dtype:
 
 
 def build(s: Namespace, device: torch.device) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """Returns the step of the arm s.arm: tokens [batch, seq_len + 1] -> loss in nats, grad_norm before clipping.
+    """Returns the step of the arm s.arm: tokens [micro_steps, batch, seq_len + 1] -> loss in nats, grad_norm before
+    clipping.
 
     The step does not wait for the device; reading loss or norm does. A peer gets a copy of Tripod's weights.
     """
@@ -87,7 +88,7 @@ def build(s: Namespace, device: torch.device) -> Callable[[Tensor], tuple[Tensor
         ours_step = Step(ours, Gradients(ours, dist, "none"), make_optimizer(ours, LR), dist)
 
         def step(tokens: Tensor) -> tuple[Tensor, Tensor]:
-            ours_step.forward_backward(tokens[None])
+            ours_step.forward_backward(tokens)
             return ours_step.update(LR).unbind()
 
         return step
@@ -97,13 +98,16 @@ def build(s: Namespace, device: torch.device) -> Callable[[Tensor], tuple[Tensor
     network = torch.compile(network) if compiled else network
 
     def step(tokens: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = loss_of(network, tokens[:, :-1], tokens[:, 1:])
-        loss.backward()
+        total = torch.zeros((), device=device)
+        for micro_batch in tokens:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                loss = loss_of(network, micro_batch[:, :-1], micro_batch[:, 1:]) / len(tokens)
+            loss.backward()
+            total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.detach(), norm
+        return total, norm
 
     return step
 
@@ -134,7 +138,7 @@ class Runner:
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()  # do not count Tripod's weights, which a peer has copied
-        generator, shape = torch.Generator().manual_seed(SEED), (s.batch, s.seq_len + 1)
+        generator, shape = torch.Generator().manual_seed(SEED), (s.micro_steps, s.batch, s.seq_len + 1)
         batches = [torch.randint(VOCAB_USED, shape, generator=generator).to(device) for _ in range(BATCHES)]
         self.batches = cycle(batches)
 

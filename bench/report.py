@@ -135,7 +135,7 @@ def readme_table(found: dict[Path, dict], base: Path) -> str:
             cells = [
                 name + (", glibc tuned" if allocator == "tuned" and not machine["gpu"] else ""),
                 settings["size"],
-                f"{settings['batch']} x {settings['seq_len']}, {PRECISION[settings['precision']]}",
+                f"{shape_of(settings)}, {PRECISION[settings['precision']]}",
                 f"{rate:,.0f}",
                 *(_times(records, peer, rate) for peer in peers),
                 _mfu(report, rate),
@@ -151,7 +151,7 @@ def whole_tables(found: dict[Path, dict], base: Path) -> str:
     parts = []
     for path, report in found.items():
         settings, versions = report["settings"], report["machine"]["versions"]
-        shape = f"{settings['size']}, {settings['batch']} x {settings['seq_len']} tokens"
+        shape = f"{settings['size']}, {shape_of(settings)} tokens"
         packages = ", ".join(f"{name} {found}" for name, found in versions.items() if found and name != "python")
         name = path.relative_to(base).as_posix()
         parts.append(f"[{path.name}]({name}): {shape}, {PRECISION[settings['precision']]}; {packages}")
@@ -159,6 +159,12 @@ def whole_tables(found: dict[Path, dict], base: Path) -> str:
             table = f"{allocator} allocator\n{step_table(report, allocator)}"
             parts.append("\n".join(f"    {line}".rstrip() for line in table.splitlines()))
     return "\n\n".join(parts)
+
+
+def shape_of(settings: dict) -> str:
+    """Micro-steps (if several), rows and tokens of a step: "8 x 2048" or "128 x 8 x 2048"."""
+    micro_steps = settings.get("micro_steps", 1)  # older files do not have it
+    return (f"{micro_steps} x " if micro_steps > 1 else "") + f"{settings['batch']} x {settings['seq_len']}"
 
 
 def _times(records: dict[str, dict], peer: str, rate: float) -> str:

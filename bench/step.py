@@ -2,9 +2,10 @@
 
     python -m bench.step --size 160m --against hf,litgpt,liger,plain
 
-A step is forward, backward, clipping of the global norm at 1, fused AdamW and zero_grad. All arms (tripod, hf,
-hf+compile, ...) train on the same random tokens, which are already on the device. Tripod's step is the step of
-train.py. Every arm is a process of its own (bench/arm.py), because a process has one allocator and one peak memory.
+A step is forward and backward of every micro-batch, clipping of the global norm at 1, fused AdamW and zero_grad. All
+arms (tripod, hf, hf+compile, ...) train on the same random tokens, which are already on the device. Tripod's step is
+the step of train.py. Every arm is a process of its own (bench/arm.py), because a process has one allocator and one peak
+memory.
 
 On a CPU all arms are started and warmed up. Then in each round the arms measure one after the other, in random order,
 while the others wait on a pipe. So a slow phase of the machine slows all arms. On a GPU one arm may fill the memory, so
@@ -30,7 +31,7 @@ from tqdm import tqdm
 from bench.arm import Arm, ArmFailed, config_of, dtype_of, serve
 from bench.ceilings import machine, matmul_ceiling
 from bench.peers import PACKAGES, obstacle
-from bench.report import step_table
+from bench.report import shape_of, step_table
 from bench.timing import disturbed, flush_of
 from model import SIZES
 from parallel.recompute import RECOMPUTE
@@ -49,7 +50,8 @@ def parse(arguments: list[str]) -> Namespace:
     add = parser.add_argument
     add("--size", choices=list(SIZES), default="160m" if gpu else "14m", help="(default: 160m; on a CPU 14m)")
     add("--against", default=",".join(PACKAGES), metavar="NAMES", help=f"peers: {', '.join(PACKAGES)} (default: all)")
-    add("--batch", type=int, default=8 if gpu else 4, metavar="N", help="rows of a step (default: 8; on a CPU 4)")
+    add("--batch", type=int, default=8 if gpu else 4, metavar="N", help="rows of a micro-step (default: 8; on a CPU 4)")
+    add("--micro-steps", type=int, default=1, metavar="N", help="of a step; train.py has 128 on one GPU (default: 1)")
     seq_len = 2048 if gpu else 512
     add("--seq-len", type=int, default=seq_len, metavar="N", help="tokens of a row (default: 2048; on a CPU 512)")
     precision = "bf16" if gpu else "fp32"
@@ -85,7 +87,7 @@ def parse(arguments: list[str]) -> Namespace:
     s.against = list(dict.fromkeys("plain" if name == "compile" else name for name in s.against.split(",")))
     if unknown := set(s.against) - set(PACKAGES):
         raise UserError(f"--against knows {', '.join(PACKAGES)}, not {', '.join(sorted(unknown))}")
-    for name in ("batch", "seq_len", "rounds", "seconds"):
+    for name in ("batch", "micro_steps", "seq_len", "rounds", "seconds"):
         if getattr(s, name) is not None and not getattr(s, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(s, name)}")
     if s.json and not s.json.parent.is_dir():
@@ -200,9 +202,10 @@ def summarize(s: Namespace, record: dict) -> dict[str, float]:
     second pass was faster than the first (0.01 means 1%).
     """
     kept = [m for m in record["measurements"] if m["kept"]]
+    tokens = s.micro_steps * s.batch * s.seq_len  # of a step
 
     def rate(measurements: list[dict]) -> float:
-        return s.batch * s.seq_len / median(m["seconds"] / m["steps"] for m in measurements)
+        return tokens / median(m["seconds"] / m["steps"] for m in measurements)
 
     passes = [[m for m in kept if (m["turn"] >= s.rounds) == second] for second in (False, True)]
     drift = {"second_pass_over_first": rate(passes[1]) / rate(passes[0]) - 1} if all(passes) else {}
@@ -210,7 +213,7 @@ def summarize(s: Namespace, record: dict) -> dict[str, float]:
         "tokens_per_s": rate(kept),
         "tokens_per_s_min": min(rate([m]) for m in kept),
         "tokens_per_s_max": max(rate([m]) for m in kept),
-        "seconds_per_step": s.batch * s.seq_len / rate(kept),
+        "seconds_per_step": tokens / rate(kept),
         "first_step_seconds": record["warm_up"][0]["seconds"],
         "page_faults_per_step": median(m["page_faults"] / m["steps"] for m in kept),
         "measurements": len(record["measurements"]),
@@ -251,7 +254,7 @@ def main() -> None:
     print(f"{host['gpu'] or host['cpu']}, {host['cores']} cores; {versions}; {report['date']}")
     peak = report["peak_flops_per_s"]
     print(
-        f"Pythia {s.size}, {s.batch} x {s.seq_len} tokens a step, {s.precision}; large matmul "
+        f"Pythia {s.size}, {shape_of(vars(s))} tokens a step, {s.precision}; large matmul "
         f"{report['gemm_flops_per_s'] / 1e9:,.0f} GFLOP/s" + (f", datasheet peak {peak / 1e9:,.0f}" if peak else "")
     )
     for allocator in ("default", "tuned") if s.allocator == "both" else (s.allocator,):

@@ -145,10 +145,17 @@ class Saver:
                     self.snapshot[key].copy_(tensor, non_blocking=True)
 
     def _pin(self, memory: Tensor) -> None:
-        """Page-lock memory for copies from a GPU. (torch's pin_memory rounds up to a power of two.)"""
+        """Page-lock memory for copies from a GPU. (torch's pin_memory rounds up to a power of two.)
+
+        If the system refuses it, as some containers do, copies take longer, and training waits for them.
+        """
         cuda, address = torch.cuda.cudart(), memory.data_ptr()
-        torch.cuda.check_error(int(cuda.cudaHostRegister(address, memory.nbytes, 0)))
-        weakref.finalize(self, cuda.cudaHostUnregister, address)
+        if int(cuda.cudaHostRegister(address, memory.nbytes, 0)) == 0:
+            weakref.finalize(self, cuda.cudaHostUnregister, address)
+            return
+        print(f"note: rank {self.dist.rank} cannot page-lock {memory.nbytes / 1e9:.2f} GB: its checkpoints take longer")
+        with suppress(RuntimeError):  # CUDA reports the refusal once more, at the next kernel
+            torch.ones(1, device=self.dist.device)
 
     # The thread
 

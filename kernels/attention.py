@@ -429,7 +429,7 @@ def _check(shape: tuple[int, ...], x: Tensor, cos: Tensor, sin: Tensor) -> None:
         raise ValueError(f"cos and sin must be {wanted}, not {list(cos.shape)} and {list(sin.shape)}")
     if x.device != cos.device or x.device != sin.device:
         raise ValueError(f"qkv, cos and sin must be on one device, not {x.device}, {cos.device} and {sin.device}")
-    if triton_runs(x):
+    if triton_runs(x, dots=True):
         _check_for_kernels(shape, x, cos, sin)
 
 
@@ -453,7 +453,7 @@ def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Raises ValueError if an argument does not fit. The kernels also require float32 tables and a head_dim of CHUNKS.
     """
     _check(qkv.shape, qkv, cos, sin)
-    if triton_runs(qkv):
+    if triton_runs(qkv, dots=True):
         return _rotated_attention(qkv, cos, sin)[0]
     return (short_attention if short_attention_runs(qkv) else rotary_attention_reference)(qkv, cos, sin)
 
@@ -463,7 +463,7 @@ def linear_rotary_attention(x: Tensor, weight: Tensor, bias: Tensor, cos: Tensor
 
     x is [batch, seq, in], weight [3 * heads * head_dim, in] and bias [3 * heads * head_dim], cast to the dtype of x.
     """
-    if not triton_runs(x):
+    if not triton_runs(x, dots=True):
         return rotary_attention(linear(x, weight, bias).unflatten(-1, (heads, 3, -1)), cos, sin)
     _check(_qkv_shape(x, weight, heads), x, cos, sin)
     return _linear_rotary_attention(x, weight.to(x.dtype), bias.to(x.dtype), cos, sin, heads)[0]

@@ -39,9 +39,15 @@ def choose(kernels: str) -> None:
     _chosen = kernels
 
 
-def triton_runs(x: Tensor) -> bool:
-    """True if ops on x run their Triton kernels, which support 16 and 32-bit floats; float64 runs the references."""
+def triton_runs(x: Tensor, dots: bool = False) -> bool:
+    """True if ops on x run their Triton kernels, which support 16 and 32-bit floats; float64 runs the references.
+
+    dots: the kernels multiply tiles. Those of float32 do not run on tensor cores, and keep few numbers in registers, so
+    on a GPU the reference runs unless `triton` was chosen.
+    """
     if _chosen == "torch" or x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return False
+    if dots and _chosen == "auto" and x.is_cuda and x.dtype == torch.float32:
         return False
     return _has_triton_gpu(x.device) if x.is_cuda else INTERPRETED and x.device.type == "cpu"
 

@@ -61,7 +61,7 @@ ATTENTION[86] = {
     256: Attention(Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 64, 8, 2)),
 }
 
-# float32 is for tests and comparisons. Exact float32 dots do not run on tensor cores, and need many registers.
+# float32 is for tests and comparisons (backend.triton_runs). Exact float32 dots need many registers.
 FLOAT32 = Attention(Tile(16, 16, 8, 2), Tile(16, 16, 8, 2), Tile(16, 16, 8, 2), Tile(16, 16, 8, 2))
 
 

@@ -1,5 +1,6 @@
 """The ranks of a run: how they start, find each other, and communicate."""
 
+import atexit
 import ctypes
 import hashlib
 import os
@@ -177,10 +178,22 @@ def lost_contact(error: BaseException | None) -> str:
 
 
 def end_dist(dist: Dist, together: bool) -> None:
-    """Leave the process group. together: wait until all ranks come here. Use False after an error."""
+    """Leave the process group. together: wait until all ranks come here. Use False after an error: then, on GPUs, the
+    process exits without leaving, because NCCL would wait for kernels that wait for other ranks, perhaps for ever."""
     if together and dist.world_size > 1:  # a rank that leaves early would cut off ranks that still receive from it
         with suppress(torch_dist.DistError):  # the store ended with torchrun
             dist.store.set(f"end/{dist.rank}", "")
             dist.store.wait([f"end/{rank}" for rank in range(dist.world_size)], TIMEOUT)
-    if torch_dist.is_initialized():
+    if not torch_dist.is_initialized():
+        return
+    if together or dist.device.type != "cuda":
         torch_dist.destroy_process_group()
+    else:
+        atexit.register(_exit_at_once)
+
+
+def _exit_at_once() -> None:
+    """End the process after its error is printed, without the destructors of NCCL."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)

@@ -1,5 +1,6 @@
 """Fixtures: a Pythia that trains in a test, text for it, and the choice of the kernels."""
 
+import gc
 import json
 import os
 import random
@@ -95,6 +96,15 @@ def records(run_directory: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
     clock = ("seconds", "data_seconds", "compute_seconds", "tokens_per_s", "mfu")
     return [{k: v for k, v in line.items() if k not in clock} for line in lines]
+
+
+@pytest.fixture(autouse=True)
+def _free_gpu_memory() -> Iterator[None]:
+    """Give the memory of a test back to the GPU: other processes of pytest-xdist may need it."""
+    yield
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(autouse=True)

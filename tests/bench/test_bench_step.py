@@ -92,6 +92,17 @@ def test_arms_make_equal_steps(precision, runner):
     assert tripod[0]["loss"] != tripod[1]["loss"]
 
 
+def test_micro_steps_are_one_step(runner):
+    """Two micro-steps of two rows have the gradients of one of four rows, for Tripod and for a peer."""
+    draw = torch.Generator().manual_seed(0)
+    batch = torch.randint(384, (4, 33), generator=draw)
+    for name in ("tripod", "plain"):
+        one, two = (runner(name, "--micro-steps", n).step for n in ("1", "2"))
+        whole = [value.item() for value in one(batch[None])]
+        assert [value.item() for value in two(batch.view(2, 2, 33))] == pytest.approx(whole, rel=1e-6)
+    assert next(runner("plain", "--micro-steps", "3").batches).shape == (3, 2, 33)
+
+
 def test_recompute_does_not_change_the_loss(runner):
     losses = [runner("tripod", "--recompute", r).warm_up()["warm_up"][-1]["loss"] for r in ("none", "cheap", "full")]
     assert losses[1:] == [pytest.approx(losses[0], rel=1e-6)] * 2
@@ -243,7 +254,7 @@ def test_a_time_limit_reduces_the_rounds(monkeypatch):
 
 
 def test_summary():
-    s = parse(["--batch", "2", "--seq-len", "50", "--rounds", "2"])
+    s = parse(["--batch", "1", "--micro-steps", "2", "--seq-len", "50", "--rounds", "2"])
     timings = [(2, 4.0, 0), (1, 1.0, 1), (5, 5.0, 2), (1, 4.0, 3)]  # steps, seconds, turn
     kept = [
         {"steps": n, "seconds": t, "page_faults": 10 * n, "foreign_cpu": 0.5 * (turn == 3), "turn": turn, "kept": True}

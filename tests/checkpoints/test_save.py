@@ -846,6 +846,23 @@ measured("export", huggingface.save)(model, Path(sys.argv[1]) / "export", torch.
 """
 
 
+@pytest.mark.parametrize("refused", [False, True])
+def test_page_locking(refused, tmp_path, monkeypatch, capfd):
+    """Memory that is page-locked is released with its saver. A system that refuses it does not stop a run."""
+    calls = []
+    cudart = SimpleNamespace(
+        cudaHostRegister=lambda address, size, flags: calls.append(("lock", address, size)) or 2 * refused,
+        cudaHostUnregister=lambda address: calls.append(("unlock", address)),
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    (saver,), memory = Trainee().savers(tmp_path), torch.empty(1000)
+    saver._pin(memory)
+    del saver
+    assert calls[0] == ("lock", memory.data_ptr(), 4000)
+    assert calls[1:] == ([] if refused else [("unlock", memory.data_ptr())])
+    assert ("rank 0 cannot page-lock 0.00 GB" in capfd.readouterr().out) == refused
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads memory from Linux's /proc")
 def test_memory(tmp_path):
     """Files are written piece by piece: no whole tensor is copied."""

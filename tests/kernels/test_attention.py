@@ -422,7 +422,7 @@ def test_the_same_bits_a_hundred_times(head_dim, device):
         assert_same_bits(expected, results(*inputs))
 
 
-@pytest.mark.xdist_group("large")
+@pytest.mark.large
 @pytest.mark.gpu
 def test_more_than_2_to_the_31_numbers(device):
     """The last sequence of a large batch has the same bits as alone."""

@@ -356,7 +356,7 @@ def test_a_hundred_runs_give_the_same_bits(vocab, device):
             assert torch.equal(one, other)
 
 
-@pytest.mark.xdist_group("large")
+@pytest.mark.large
 @gpu
 def test_more_logits_than_2_to_the_31(device, monkeypatch):
     """All logits in one chunk, 8.6 GB: the last rows lie past 2^32 bytes and past 2^31 elements."""
@@ -373,7 +373,7 @@ def test_more_logits_than_2_to_the_31(device, monkeypatch):
     assert errors((losses[last], d_hidden[last] * tokens), (exact, d_exact))[1] < 2e-2
 
 
-@pytest.mark.xdist_group("large")
+@pytest.mark.large
 @gpu
 def test_memory(device):
     """8 rows of 2048 tokens of size 160m: all logits would take 1.65 GB, and each of their float32 copies 3.3 GB. A

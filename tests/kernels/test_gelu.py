@@ -221,7 +221,7 @@ def test_a_hundred_runs_have_the_same_bits(ffn, approximate):
         assert all(torch.equal(value, again[name]) for name, value in once.items())
 
 
-@pytest.mark.xdist_group("large")
+@pytest.mark.large
 @pytest.mark.gpu
 def test_more_than_two_to_the_31_elements():
     ffn = 8192

@@ -133,7 +133,7 @@ def test_memory_is_what_a_cpu_takes(world, cases, tmp_path):
     check_measured(world, shape, cases, tmp_path, environment)
 
 
-@pytest.mark.xdist_group("large")
+@pytest.mark.large
 @pytest.mark.gpu
 def test_memory_is_what_a_gpu_takes(tmp_path):
     cases = [
