@@ -16,7 +16,6 @@ The order is that of GPT-NeoX v1.0 (megatron/data/gpt2_dataset.py and helpers.cp
 """
 
 import argparse
-import json
 import math
 import os
 import re
@@ -26,9 +25,8 @@ from pathlib import Path
 import numpy as np
 
 from corpus.fetch import add_fetch_arguments, run_fetch
-from corpus.indexed import DataFile, IndexedTokens, sha256
-from corpus.loader import digest, row_digests
-from corpus.order import Order, Rows, ShuffledRows, epochs_for, identity, is_current
+from corpus.indexed import DataFile, IndexedTokens, read_mark, sha256, write_mark
+from corpus.order import Order, Rows, ShuffledRows, digest, epochs_for, row_digests
 from corpus.prepare import DEMO_PREFIX, demo, prepare
 from corpus.tokenizer import load_tokenizer, tokenizer_errors
 from runtime.errors import Parser, UserError, printable, run_command
@@ -53,10 +51,15 @@ def batch(
     """
     micro_batch = batch_size // world_size if micro_batch is None else micro_batch
     numbers = row_numbers(step, batch_size, micro_batch, rank, world_size)
+    check_step(rows, step, batch_size)
+    return rows.take(numbers.ravel()).reshape(*numbers.shape, rows.seq_len + 1)
+
+
+def check_step(rows: Rows, step: int, batch_size: int) -> None:
+    """Raise UserError if the data ends before the step."""
     steps = len(rows) // batch_size
     if not 0 <= step < steps:
         raise UserError(f"step {step}: the data has {steps} steps of {batch_size} rows ({len(rows)} rows); first is 0")
-    return np.stack([rows[i] for i in numbers.ravel().tolist()]).reshape(*numbers.shape, rows.seq_len + 1)
 
 
 def row_numbers(step: int, batch_size: int, micro_batch: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
@@ -96,8 +99,12 @@ def check_vocab(tokens: np.ndarray, vocab: int, step: int, rank: int = 0, world_
 
 def open_rows(data: str | Path, samples: int, seq_len: int = 2048, seed: int = 1234) -> Rows:
     """Open --data: a Megatron prefix, a pre-shuffled directory, or "demo". Raises UserError if it is none of these."""
-    tokens, shuffled = open_tokens(data)
-    return ShuffledRows(tokens, seq_len) if shuffled else Order(tokens, samples, seq_len, seed)
+    return order_rows(*open_tokens(data), samples, seq_len, seed)
+
+
+def order_rows(data: IndexedTokens, shuffled: bool, samples: int, seq_len: int, seed: int) -> Rows:
+    """The rows of open_tokens. Raises UserError as open_rows."""
+    return ShuffledRows(data, seq_len) if shuffled else Order(data, samples, seq_len, seed)
 
 
 def open_tokens(data: str | Path) -> tuple[IndexedTokens, bool]:
@@ -176,8 +183,7 @@ def hash_once(data: IndexedTokens) -> str:
         return known
     computed = data.tokens_sha256()
     try:
-        with atomic_write(path, "w") as file:
-            json.dump({"sha256": computed, "files": [identity(shard.status) for shard in data.shards]}, file)
+        write_mark(path, data.shards, sha256=computed)
     except OSError as error:
         print(printable(f"note: {path} cannot be written ({reason(error)}); the hash is not kept"), file=sys.stderr)
     return computed
@@ -186,10 +192,8 @@ def hash_once(data: IndexedTokens) -> str:
 def stored_sha256(data: IndexedTokens) -> str | None:
     """Return the sha256 that `hash_once` stored, or None: the files have changed since, or another user stored it."""
     try:
-        mark = DataFile(Path(f"{data.prefix}.sha256.json"))
-        stored = json.loads(mark.read(0, mark.bytes)) if mark.bytes < 1 << 20 else {}
-        valid = re.fullmatch("[0-9a-f]{64}", stored["sha256"]) and is_current(mark, stored["files"], data.shards)
-        return stored["sha256"] if valid else None
+        stored = read_mark(Path(f"{data.prefix}.sha256.json"), data.shards)["sha256"]
+        return stored if re.fullmatch("[0-9a-f]{64}", stored) else None
     except (UserError, *DAMAGE):
         return None
 
@@ -255,7 +259,7 @@ def run_info(args: argparse.Namespace) -> None:
     )
     if args.assumed_steps and not shuffled and epochs_for(samples, args.seq_len, data.tokens) > MANY_EPOCHS:
         samples, order_of = max((data.tokens - 1) // args.seq_len, 1), "one epoch; for that of a run give --run RUN"
-    rows = ShuffledRows(data, args.seq_len) if shuffled else Order(data, samples, args.seq_len, args.seed)
+    rows = order_rows(data, shuffled, samples, args.seq_len, args.seed)
     if args.run:
         check_data(args, rows)
     print_facts(
@@ -356,33 +360,37 @@ def run_view(args: argparse.Namespace) -> None:
             f"{args.steps:,} steps are {n:,} epochs of {args.data}, and the number of epochs decides the order:"
             " give --run RUN, or --steps as in train.py"
         )
-    rows = ShuffledRows(data, args.seq_len) if shuffled else Order(data, samples, args.seq_len, args.seed)
+    rows = order_rows(data, shuffled, samples, args.seq_len, args.seed)
     if args.run:
         check_data(args, rows)
-    tokens = batch(rows, args.step, args.batch_size)[0]  # [batch, seq_len + 1]
-    if args.run:
-        compare_with_run(Path(args.run), args.step, tokens)
-    chosen = [*range(args.batch_size)] if args.row is None else [args.row]
-    if args.export:
-        export(tokens[chosen], Path(args.export))
+    check_step(rows, args.step, args.batch_size)
+    chosen = np.arange(args.batch_size) if args.row is None else np.array([args.row])
+    if args.run:  # its record is a hash of the whole batch
+        whole = batch(rows, args.step, args.batch_size)[0]
+        compare_with_run(Path(args.run), args.step, whole)
+        tokens = whole[chosen]
     else:
-        print_rows(args, rows, tokens, chosen)
+        tokens = rows.take(args.step * args.batch_size + chosen)  # [rows, seq_len + 1]
+    if args.export:
+        export(tokens, Path(args.export))
+    else:
+        print_rows(args, rows, tokens, chosen.tolist())
     print(note, file=sys.stderr, end="\n" * bool(note))
 
 
 def print_rows(args: argparse.Namespace, rows: Rows, tokens: np.ndarray, chosen: list[int]) -> None:
-    """Print the chosen rows of tokens [batch, seq_len + 1], as text if there is a tokenizer that knows their ids."""
+    """Print the chosen rows of a step, tokens [len(chosen), seq_len + 1], as text if a tokenizer knows their ids."""
     file = args.tokenizer or find_tokenizer(args.data)
     tokenizer, last = load_tokenizer(file) if file else None, -1
     if tokenizer:
         with tokenizer_errors(file):
             last = max(tokenizer.get_vocab().values(), default=-1)
-    for k in chosen:
+    for k, row in zip(chosen, tokens):
         number, origin = args.step * args.batch_size + k, ""
         if isinstance(rows, Order):
             origin = ": " + ", ".join(f"document {d} from {offset} ({n})" for d, offset, n in rows.pieces(number))
         print(f"--- step {args.step}, row {k} of {args.batch_size} (row {number} of the order){origin}")
-        ids = tokens[k].tolist()
+        ids = row.tolist()
         unknown = [id for id in ids if not 0 <= id <= last]  # decode would leave them out, or fail
         if tokenizer and not unknown:
             with tokenizer_errors(file):

@@ -19,8 +19,8 @@ from torch.distributed.fsdp import FSDPModule
 from kernels.backend import triton_runs
 from model import Pythia
 from parallel.gradients import Gradients
-from runtime.metrics import StepTimer
 from runtime.ranks import Dist
+from runtime.timing import StepTimer
 
 GRAPH_BELOW = 200_000_000  # parameters; in smaller models the GPU finishes a kernel before the host queues the next one
 

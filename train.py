@@ -28,7 +28,8 @@ from checkpoints.branch import Parent, read_parent
 from checkpoints.manifest import clean_up, steps_with_state
 from checkpoints.resume import latest_valid_step, recover_record, restore
 from checkpoints.save import Saver
-from corpus.loader import Batch, Loader, digest, row_digests
+from corpus.loader import Batch, Loader
+from corpus.order import digest, row_digests
 from model import SIZES, Config, Pythia
 from model.huggingface import Export, read_config, read_weights
 from model.sizes import is_published_step
@@ -38,8 +39,8 @@ from parallel.recompute import set_recompute
 from plan.memory import choose_shard
 from plan.time import decide, known_gpu, peak_flops
 from runtime.errors import UserError, run_command
-from runtime.host import StopSignal, reuse_freed_memory
-from runtime.metrics import Metrics, OldRecords, profiler, read_records
+from runtime.host import StopSignal, host_facts, reuse_freed_memory
+from runtime.metrics import Metrics, OldRecords, read_records
 from runtime.ranks import Dist, end_dist, init_dist, lost_contact
 from runtime.run_directory import (
     DAMAGE,
@@ -51,6 +52,7 @@ from runtime.run_directory import (
     recover_run_file,
     refuse_other_directory,
 )
+from runtime.timing import profiler
 from runtime.watchdog import Watchdog
 from settings import DTYPES, FIXED, Settings, extra_steps, make_job, parse, plan_text, precision_text
 from step import LossScaler, Step, learning_rate, make_optimizer
@@ -501,7 +503,7 @@ def announce_start(
     def record() -> dict:
         check_lock()
         new = {"settings": asdict(s), "data": fingerprint} | ({"parent": parent.record()} if parent else {})
-        return record_start(run_dir, new, start, dist)
+        return record_start(run_dir, new, start, host_facts(dist.device, dist.world_size))
 
     content = dist.run_on_main(record)
     dist.print(

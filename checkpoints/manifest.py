@@ -18,10 +18,9 @@ import shutil
 from pathlib import Path
 
 from runtime.errors import UserError
-from runtime.files import naming, reason
+from runtime.files import READ_ERRORS, naming, reason
 from runtime.manifests import checksums, read_manifest, saved_steps, write_manifest
 from runtime.ranks import Dist
-from runtime.tensors import READ_ERRORS
 
 COUNTERS = "state/counters.json"
 

@@ -19,10 +19,9 @@ from model.neox import convert_neox
 from model.sizes import is_published_step, parse_steps
 from model.torch_weights import TORCH_WEIGHTS, convert_torch_files
 from runtime.errors import UserError, printable
-from runtime.files import reason
+from runtime.files import READ_ERRORS, reason
 from runtime.hub import Revision, branches, download, resolve
 from runtime.manifests import FORMAT, MANIFEST, checksums, read_manifest, write_manifest
-from runtime.tensors import READ_ERRORS
 
 OWNER, LAST = "EleutherAI", 143_000
 SMALL = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")

@@ -16,10 +16,10 @@ from checkpoints.manifest import COUNTERS, read_checkpoint, steps_with_state, ve
 from model import Pythia
 from parallel.fsdp import local, local_rows
 from runtime.errors import UserError, printable
-from runtime.files import read_small, reason
+from runtime.files import READ_ERRORS, read_small, reason
 from runtime.manifests import MAX_JSON_BYTES, saved_steps
 from runtime.ranks import Dist
-from runtime.tensors import CHUNK_BYTES, READ_ERRORS, read_header, read_pieces
+from runtime.tensors import CHUNK_BYTES, read_header, read_pieces
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names of Adam's first and second moment
 

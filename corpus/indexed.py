@@ -11,6 +11,7 @@ import struct
 import weakref
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 
@@ -18,13 +19,14 @@ import numpy as np
 from tqdm import tqdm
 
 from runtime.errors import UserError
-from runtime.files import read_small
+from runtime.files import atomic_write, read_small
 
 # The index of Megatron and GPT-NeoX (MMapIndexedDataset), little-endian: HEADER, then int32 sizes in tokens [n],
 # int64 positions in the .bin in bytes [n], int64 document marks [m] (the sequence at which each document starts).
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, n, m
-TWO_POSITIONS = struct.Struct("<2q")
+TICK = 100_000_000  # nanoseconds; the times of files have ticks of up to 10 ms
+CHECKED_ONCE = 1_000_000  # documents; a smaller index is checked at every start, in milliseconds
 DTYPES = {code: np.dtype(name) for code, name in {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}.items()}
 
 
@@ -91,6 +93,20 @@ class DataFile:
         with open(self._descriptor, "rb", closefd=False) as file:
             return np.memmap(file, dtype, "r", begin, shape)
 
+    def read_into(self, out: memoryview, begin: int) -> None:
+        """Fill `out` with the bytes from byte `begin`."""
+        try:
+            done = os.preadv(self._descriptor, [out], begin)
+        except OSError:
+            done = -1
+        if done < len(out):  # rare: `read` finds out why, or reads the rest
+            out[:] = self.read(begin, len(out))
+
+    def expect_random_reads(self) -> None:
+        """Tell the system not to read ahead: in a large file that would read megabytes for every row."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
 
 class AbsentShard:
     """A shard of known size that `data.py fetch --shards` did not fetch. Reading it raises UserError."""
@@ -102,8 +118,14 @@ class AbsentShard:
         number = int(self.path.stem[-14:-9])
         raise UserError(f"{self.path} is not here: get it with `python data.py fetch NAME --shards {number} --out DIR`")
 
+    def read_into(self, out: memoryview, begin: int) -> None:
+        self.read(begin, len(out))
+
     def blocks(self, label: str) -> Iterator[bytes]:
         yield self.read(0, self.bytes)
+
+    def expect_random_reads(self) -> None:
+        pass
 
 
 class StoredArray:
@@ -120,6 +142,14 @@ class StoredArray:
         raw = self.file.read(self.begin + rows.start * self.row_bytes, (rows.stop - rows.start) * self.row_bytes)
         array = np.frombuffer(raw, self.dtype)
         return array if len(self.shape) == 1 else array.reshape(-1, *self.shape[1:])
+
+    def gather(self, starts: np.ndarray, count: int) -> np.ndarray:
+        """Return rows start .. start + count - 1 for every start: [len(starts), count, ...]."""
+        size = count * self.row_bytes
+        raw = memoryview(bytearray(len(starts) * size))
+        for at, start in zip(range(0, len(raw), size), starts.tolist()):
+            self.file.read_into(raw[at : at + size], self.begin + start * self.row_bytes)
+        return np.frombuffer(raw, self.dtype).reshape(-1, count, *self.shape[1:])
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         return self[0 : len(self)].astype(dtype or self.dtype, copy=False)
@@ -144,6 +174,40 @@ def open_npy(path: Path) -> StoredArray:
     if fortran_order or dtype.hasobject or head.tell() + math.prod(shape) * dtype.itemsize != file.bytes:
         raise ValueError(f"{path.name} does not have the size that its header says")
     return StoredArray(file, head.tell(), dtype, shape)
+
+
+# A mark is a small file beside others that records that they were checked, or their hash. It counts until one of them
+# changes.
+
+
+def identity(status: os.stat_result | None) -> list[int]:
+    """What changes when a file is written or replaced (None: an absent shard). Its owner cannot set its ctime."""
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino] if status else []
+
+
+def write_mark(path: Path, files: list[DataFile], **facts: object) -> None:
+    """Record facts about files as they were when they were opened. Raises OSError."""
+    with atomic_write(path, "w") as file:
+        json.dump({"files": [identity(x.status) for x in files], **facts}, file)
+
+
+def read_mark(path: Path, files: list[DataFile]) -> dict:
+    """Return what `write_mark` recorded about files that are as they were then. Raises UserError or ValueError if there
+    is no such mark.
+
+    A file system's clock has ticks. A file could change within the tick in which the mark was written and keep its
+    times. So a mark counts only for files that were older than it, and only if this user or root wrote it.
+    """
+    mark = DataFile(path)
+    if mark.bytes > 1 << 20:
+        raise ValueError(f"{path.name} is too large")
+    stored = json.loads(mark.read(0, mark.bytes))
+    if not isinstance(stored, dict) or stored.get("files") != [identity(x.status) for x in files]:
+        raise ValueError(f"{path.name} is about other files")
+    newest = max((file.status.st_ctime_ns for file in files if file.status), default=0)
+    if mark.status.st_uid not in (0, os.geteuid()) or newest + TICK >= mark.status.st_mtime_ns:
+        raise ValueError(f"{path.name} cannot be trusted")
+    return stored
 
 
 def recorded_shards(prefix: Path) -> dict[Path, int]:
@@ -188,10 +252,13 @@ class IndexedTokens:
 
     Every field of the index is checked against the others and against the files. UserError names what does not fit.
 
+    A large index is checked once. PREFIX.idx.json keeps what was found, until the index changes.
+
     dtype      of the tokens
     documents  their number (GPT-NeoX calls them sequences; in the Pile each document is one sequence)
     marks      number of document marks; 1 in pre-shuffled data sets
     sizes      [documents] int32, tokens of each document, in the file
+    shortest   of these sizes, and longest
     tokens     their number, in all documents together
     files      paths of PREFIX.bin or its shards
     """
@@ -199,22 +266,20 @@ class IndexedTokens:
     def __init__(self, prefix: str | Path):
         self.prefix, self.index_file = Path(prefix), Path(f"{prefix}.idx")
         index = DataFile(self.index_file)
-        self._read_index(index)
+        self._read_header(index)
         sizes = recorded_shards(self.prefix)
-        self.files, hint = ([*sizes], "") if sizes else bin_files(self.prefix)
+        self.files, self._hint = ([*sizes], "") if sizes else bin_files(self.prefix)
         absent = {path for path in sizes if not os.path.lexists(path)}
         self.shards = [AbsentShard(path, sizes[path]) if path in absent else DataFile(path) for path in self.files]
         # first byte of each shard in the data set, and the end
         self._starts = [0, *accumulate(shard.bytes for shard in self.shards)]
-        width = self.dtype.itemsize
-        if excess := self._starts[-1] - self.tokens * width:
-            problem = f"{excess} bytes too long" if excess > 0 else f"truncated, {-excess} bytes are missing{hint}"
-            name = self.files[0] if len(self.files) == 1 else f"{self.prefix}-*.bin"
-            raise UserError(f"{name}: {problem} ({self.index_file} says {self.tokens} tokens of {width} bytes)")
-        self._check_positions()
-        self.index_sha256 = sha256(index.blocks("hashing the index"))
+        facts = self._checked(index) or self._check(index)
+        self.tokens, self.shortest, self.longest, self.index_sha256 = facts
+        self._check_length(self.tokens)
+        for shard in self.shards:
+            shard.expect_random_reads()
 
-    def _read_index(self, file: DataFile) -> None:
+    def _read_header(self, file: DataFile) -> None:
         index = self.index_file
         if file.bytes < HEADER.size:
             raise UserError(f"{index}: {file.bytes} bytes are too few for a header of {HEADER.size}; fetch it again")
@@ -238,57 +303,93 @@ class IndexedTokens:
         self.sizes = StoredArray(file, HEADER.size, "<i4", (self.documents,))
         self._pointers = StoredArray(file, pointers_at, "<i8", (self.documents,))
         self._marks = StoredArray(file, marks_at, "<i8", (self.marks,))
-        self.tokens = sequence = 0
-        for sizes in self.sizes.blocks("checking sizes"):
-            if sizes.min() < 0:
-                sequence += (sizes < 0).argmax()
-                raise UserError(f"{index}: sequence {sequence} has a negative size; damaged, fetch it again")
-            sequence += len(sizes)
-            self.tokens += int(sizes.sum(dtype=np.int64))
 
-    def _check_positions(self) -> None:
-        index, begin = self.index_file, 0  # begin: byte of the data set; the sizes fit the files, so nothing overflows
+    def _check_length(self, tokens: int) -> None:
+        width = self.dtype.itemsize
+        if excess := self._starts[-1] - tokens * width:
+            problem = (
+                f"{excess} bytes too long" if excess > 0 else f"truncated, {-excess} bytes are missing{self._hint}"
+            )
+            name = self.files[0] if len(self.files) == 1 else f"{self.prefix}-*.bin"
+            raise UserError(f"{name}: {problem} ({self.index_file} says {tokens} tokens of {width} bytes)")
+
+    def _check(self, file: DataFile) -> tuple[int, int, int, str]:
+        """Check every field in one pass, and store what was found. Returns tokens, shortest, longest and the sha256."""
+        index, digest = self.index_file, hashlib.sha256(file.read(0, HEADER.size))
+        sizes, tokens = np.empty(self.documents, "<i4"), 0
+        for block in block_slices(self.documents, "checking sizes"):
+            sizes[block] = part = self.sizes[block]
+            digest.update(part)
+            if part.min() < 0:
+                sequence = block.start + (part < 0).argmax()
+                raise UserError(f"{index}: sequence {sequence} has a negative size; damaged, fetch it again")
+            tokens += int(part.sum(dtype=np.int64))
+        self._check_length(tokens)
+        begin = 0  # byte of the data set; the sizes fit the files, so nothing overflows
         for block in block_slices(self.documents, "checking positions"):
-            lengths = self.sizes[block].astype(np.int64) * self.dtype.itemsize
-            if (wrong := self._pointers[block] != begin + np.cumsum(lengths) - lengths).any():
+            lengths, positions = sizes[block].astype(np.int64) * self.dtype.itemsize, self._pointers[block]
+            digest.update(positions)
+            if (wrong := positions != begin + np.cumsum(lengths) - lengths).any():
                 sequence = block.start + wrong.argmax()
                 raise UserError(f"{index}: position of sequence {sequence} is not the sum of the sizes before it")
             begin += int(lengths.sum())
         # The writer of the pre-shuffled data sets never ended a document, so they have only the first mark.
-        first, last = self._marks[0:1].item(), self._marks[self.marks - 1 : self.marks].item()
-        if first != 0 or (self.marks > 1 and last != self.documents):
-            raise UserError(f"{index}: document marks do not run from 0 to {self.documents}; damaged, fetch it again")
-        for block in block_slices(self.marks - 1, "checking document marks"):
-            marks = self._marks[block.start : block.stop + 1]
-            if (wrong := marks[1:] < marks[:-1]).any():
+        last = 0
+        for block in block_slices(self.marks, "checking document marks"):
+            marks = self._marks[block]
+            digest.update(marks)
+            if (block.start == 0 and marks[0] != 0) or (block.stop == self.marks > 1 and marks[-1] != self.documents):
+                raise UserError(
+                    f"{index}: document marks do not run from 0 to {self.documents}; damaged, fetch it again"
+                )
+            if (wrong := np.diff(marks, prepend=last) < 0).any():
                 mark = block.start + wrong.argmax()
-                raise UserError(f"{index}: document marks go backwards after {mark}; damaged, fetch it again")
+                raise UserError(f"{index}: document marks go backwards after {mark - 1}; damaged, fetch it again")
+            last = marks[-1]
+        facts = tokens, int(sizes.min(initial=2**31 - 1)), int(sizes.max(initial=0)), digest.hexdigest()
+        if self.documents >= CHECKED_ONCE:
+            with suppress(OSError):
+                write_mark(Path(f"{index}.json"), [file], facts=facts)
+        return facts
+
+    def _checked(self, file: DataFile) -> tuple[int, int, int, str] | None:
+        """What `_check` returned when it was called for exactly this file, or None if it was not."""
+        try:
+            tokens, shortest, longest, digest = read_mark(Path(f"{self.index_file}.json"), [file])["facts"]
+            return int(tokens), int(shortest), int(longest), str(digest)
+        except (UserError, ValueError, LookupError, TypeError, RecursionError):
+            return None
 
     def read(self, position: int, count: int) -> np.ndarray:
         """Return tokens [count] from `position` in the tokens of all documents. Raises IndexError outside the data."""
-        return self.join([(position, count)])
+        return self.gather(np.array([position]), np.array([count]))
 
-    def join(self, pieces: Iterable[tuple[int, int]]) -> np.ndarray:
-        """Return the tokens of all pieces, [(position, count)], as one array. Raises IndexError outside the data."""
-        parts, width, starts = [], self.dtype.itemsize, self._starts
-        for position, count in pieces:
-            if position < 0 or count < 0 or position + count > self.tokens:
-                raise IndexError(f"tokens {position} to {position + count} of {self.tokens}")
-            # Count bytes, because a shard can end within a token (published shards end within rows).
-            begin, end = position * width, (position + count) * width
-            while begin < end:
+    def gather(self, positions: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Return the tokens of all pieces (position, count) as one array. Raises IndexError outside the data."""
+        if (wrong := (positions < 0) | (counts < 0) | (positions + counts > self.tokens)).any():
+            k = wrong.argmax()
+            raise IndexError(f"tokens {positions[k]} to {positions[k] + counts[k]} of {self.tokens}")
+        tokens, at, starts, width = np.empty(counts.sum(), self.dtype), 0, self._starts, self.dtype.itemsize
+        raw = memoryview(tokens).cast("B")
+        # Count bytes, because a shard can end within a token (published shards end within rows).
+        for begin, size in zip((positions * width).tolist(), (counts * width).tolist()):
+            while size:
                 shard = bisect_right(starts, begin) - 1
-                stop = min(end, starts[shard + 1])
-                parts.append(self.shards[shard].read(begin - starts[shard], stop - begin))
-                begin = stop
-        return np.frombuffer(bytearray().join(parts), self.dtype)
+                part = min(size, starts[shard + 1] - begin)
+                self.shards[shard].read_into(raw[at : at + part], begin - starts[shard])
+                at, begin, size = at + part, begin + part, size - part
+        return tokens
+
+    def spans(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the positions, in tokens, at which documents start and end: two int64 arrays."""
+        # Behind the last position is the first document mark, so there are always 16 bytes to read.
+        begins, ends = self._pointers.gather(documents, 2).T // self.dtype.itemsize
+        return begins, np.where(documents == self.documents - 1, self.tokens, ends)
 
     def span(self, document: int) -> tuple[int, int]:
         """Return the positions, in tokens, at which a document starts and ends."""
-        # Behind the last position is the first document mark, so there are always 16 bytes to read.
-        pointers, width = self._pointers, self.dtype.itemsize
-        begin, end = TWO_POSITIONS.unpack(pointers.file.read(pointers.begin + 8 * document, 16))
-        return begin // width, end // width if document < self.documents - 1 else self.tokens
+        begin, end = self.spans(np.array([document]))
+        return begin.item(), end.item()
 
     def start(self, document: int) -> int:
         """Return the position, in tokens, at which a document starts."""

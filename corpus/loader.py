@@ -1,6 +1,5 @@
 """Batches on their way to the device: read, hashed and copied one step ahead."""
 
-import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -9,17 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
-def row_digests(batch: np.ndarray) -> np.ndarray:
-    """Return the sha256 of every row of [..., seq_len + 1] tokens, as stored (little-endian): uint8 [..., 32]."""
-    rows = batch.astype(batch.dtype.newbyteorder("<"), copy=False).reshape(-1, batch.shape[-1])
-    digests = b"".join(hashlib.sha256(row.tobytes()).digest() for row in rows)
-    return np.frombuffer(digests, dtype=np.uint8).reshape(*batch.shape[:-1], 32).copy()
-
-
-def digest(row_digests: np.ndarray) -> str:
-    """Return the hex sha256 of a batch, from its row digests, so that each rank hashes only its own rows."""
-    return hashlib.sha256(row_digests.tobytes()).hexdigest()
+from corpus.order import row_digests
 
 
 class Batch(NamedTuple):

@@ -5,21 +5,36 @@ import hashlib
 import json
 import operator
 import os
+import secrets
 import shutil
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
-from corpus.indexed import DataFile, IndexedTokens, StoredArray, block_slices, open_npy, sha256
+from corpus.indexed import (
+    CHECKED_ONCE,
+    TICK,
+    DataFile,
+    IndexedTokens,
+    StoredArray,
+    block_slices,
+    open_npy,
+    read_mark,
+    sha256,
+    write_mark,
+)
 from runtime.errors import UserError, printable
-from runtime.files import atomic_write
+from runtime.files import atomic_write, flush
 
 MAPS = ("doc_idx", "sample_idx", "shuffle_idx")
 Map = np.ndarray | StoredArray  # both give rows as array[a:b]
-TICK = 100_000_000  # nanoseconds; the times of files have ticks of up to 10 ms
+CHECKED = "checked.json"  # the mark in a cache
 
 # ---- the maps --------------------------------------------------------------------------------------------------------
 
@@ -34,24 +49,33 @@ def layout(documents: int, tokens: int, epochs: int, seq_len: int) -> dict[str, 
     return dict(zip(MAPS, shapes))
 
 
-def index_maps(sizes: np.ndarray, epochs: int, seq_len: int, seed: int) -> dict[str, np.ndarray]:
-    """Compute the three maps of GPT-NeoX v1.0 from the document sizes [documents], whose sum is T tokens.
+def map_blocks(
+    sizes: np.ndarray, tokens: int, epochs: int, seq_len: int, seed: int
+) -> Iterator[tuple[str, slice, np.ndarray]]:
+    """Compute the three maps of GPT-NeoX v1.0 from the document sizes [documents], whose sum is T = `tokens`.
 
     doc_idx      [epochs * documents]  int32   the documents of all epochs, shuffled once and together
     sample_idx   [N + 1, 2]            int32   where each row of the stream starts: (index in doc_idx, offset in tokens)
     shuffle_idx  [N]                   uint32  row as served -> row of the stream;    N = (epochs * T - 1) // seq_len
+
+    Yields (name, which rows, their values), map after map, with at most a million rows at once.
     """
+    types = layout(len(sizes), tokens, epochs, seq_len)
     rng = np.random.RandomState(seed)  # the legacy generator: its shuffle defines the published order
-    doc_idx = np.tile(np.arange(len(sizes), dtype=np.int32), epochs)
-    rng.shuffle(doc_idx)
-    dtypes = layout(len(sizes), int(sizes.sum(dtype=np.int64)), epochs, seq_len)
-    sample_dtype, sample_shape = dtypes["sample_idx"]
-    sample_idx = np.empty(sample_shape, sample_dtype)
-    for rows, starts in cut_stream(sizes, doc_idx, len(sample_idx), seq_len):
-        sample_idx[rows] = starts
-    shuffle_idx = np.arange(len(sample_idx) - 1, dtype=dtypes["shuffle_idx"][0])
-    rng.shuffle(shuffle_idx)
-    return dict(zip(MAPS, (doc_idx, sample_idx, shuffle_idx)))
+
+    def shuffled(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        rng.shuffle(values)  # of int64, which takes half the time of smaller types; the order is the same
+        return values.astype(dtype)
+
+    doc_idx = shuffled(np.tile(np.arange(len(sizes)), epochs), types["doc_idx"][0])
+    yield from (("doc_idx", block, doc_idx[block]) for block in block_slices(len(doc_idx), "writing the order"))
+    dtype, (count, _) = types["sample_idx"]
+    for rows, starts in cut_stream(sizes, doc_idx, count, seq_len):
+        yield "sample_idx", rows, starts.astype(dtype)
+    del doc_idx
+    shuffle_idx = shuffled(np.arange(count - 1), types["shuffle_idx"][0])
+    for block in block_slices(len(shuffle_idx), "writing the order"):
+        yield "shuffle_idx", block, shuffle_idx[block]
 
 
 def cut_stream(sizes: np.ndarray, doc_idx: Map, count: int, seq_len: int) -> Iterator[tuple[slice, np.ndarray]]:
@@ -124,8 +148,8 @@ def describe(array: Map) -> dict:
 def load_maps(cache: Path, request: dict, data: IndexedTokens) -> tuple[dict[str, Map], dict] | None:
     """Return the maps and their descriptions, or None. Deletes a cache that does not fit the request.
 
-    The maps are checked once, when they are first seen on this machine. Afterwards a stamp in the cache tells that
-    these files have been checked.
+    The maps are checked once, when they are first seen on this machine. Afterwards a mark in the cache tells that these
+    files have been checked.
     """
     try:
         if not cache.exists():
@@ -139,12 +163,13 @@ def load_maps(cache: Path, request: dict, data: IndexedTokens) -> tuple[dict[str
         arrays = {name: stored["arrays"][name] for name in MAPS}
         maps = {name: open_npy(cache / f"{name}.npy") for name in MAPS}
         files = [facts, *(maps[name].file for name in MAPS)]
-        if not is_stamped(cache, files):
+        if not is_checked(cache, files):
             for name in MAPS:
                 if describe(maps[name]) != arrays[name]:
                     raise ValueError(f"{name}.npy has changed since it was written")
             check_maps(maps, data, request["epochs"], request["seq_len"])
-            stamp(cache, files)
+            with suppress(OSError):
+                write_mark(cache / CHECKED, files)
         return maps, arrays
     except Exception as error:  # whatever is wrong with a cache, building it again repairs it
         note = printable(f"note: {cache}: unusable ({error}); building the order again")
@@ -153,72 +178,74 @@ def load_maps(cache: Path, request: dict, data: IndexedTokens) -> tuple[dict[str
         return None
 
 
-def identity(status: os.stat_result) -> list[int]:
-    """What changes when a file is written or replaced. The owner of a file cannot set its ctime."""
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-
-
-def is_stamped(cache: Path, files: list[DataFile]) -> bool:
-    """Return whether `stamp` was called for exactly these files, by this user or root."""
+def is_checked(cache: Path, files: list[DataFile]) -> bool:
+    """Return whether exactly these files have been checked, and whether this user or root owns them."""
     try:
-        mark = DataFile(cache / "checked.json")
-        return (
-            mark.bytes < 1 << 16
-            and all(file.status.st_uid in (0, os.geteuid()) for file in files)
-            and is_current(mark, json.loads(mark.read(0, mark.bytes)), files)
-        )
-    except (UserError, ValueError):
+        read_mark(cache / CHECKED, files)
+    except (UserError, ValueError, RecursionError):
         return False
+    return all(file.status.st_uid in (0, os.geteuid()) for file in files)
 
 
-def is_current(mark: DataFile, identities: object, files: list[DataFile]) -> bool:
-    """Return whether this user or root wrote `mark`, which has these identities, when the files were as they are now.
-
-    A file system's clock has ticks. A file could change within the tick in which the mark was written and keep its
-    times. So a mark counts only for files that were older than it.
-    """
-    return (
-        identities == [identity(file.status) for file in files]
-        and mark.status.st_uid in (0, os.geteuid())
-        and max(file.status.st_ctime_ns for file in files) + TICK < mark.status.st_mtime_ns
-    )
-
-
-def stamp(cache: Path, files: list[DataFile]) -> None:
-    """Record that these files of the cache have been checked; not where it cannot be written."""
-    try:
-        with atomic_write(cache / "checked.json", "w") as file:
-            json.dump([identity(file.status) for file in files], file)
-    except OSError:
-        pass
-
-
-def save_maps(
-    cache: Path, request: dict, maps: dict[str, np.ndarray], data: IndexedTokens
-) -> tuple[dict[str, Map], dict]:
-    """Write the cache under a temporary name and rename it, so that it is complete or absent. Returns the same as
-    load_maps; the maps stay in memory if the cache cannot be written."""
-    arrays = {name: describe(array) for name, array in maps.items()}
-    temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
+def build_maps(cache: Path, request: dict, data: IndexedTokens) -> tuple[dict[str, Map], dict]:
+    """Compute the maps into a cache that is complete or absent. Returns the same as load_maps; the maps stay in memory
+    if the cache cannot be written. Processes may do so at the same time: the first one wins."""
+    temporary, sizes = cache.with_name(f"{cache.name}.{secrets.token_hex(8)}.tmp"), np.asarray(data.sizes)
+    arguments = sizes, data.tokens, request["epochs"], request["seq_len"], request["seed"]
+    shapes = layout(data.documents, *arguments[1:4])
     try:
         temporary.mkdir()
-        for name, array in maps.items():
-            np.save(temporary / f"{name}.npy", array, allow_pickle=False)
-        (temporary / "order.json").write_text(json.dumps({"facts": request, "arrays": arrays}, indent=1))
+        arrays = write_maps(temporary, shapes, map_blocks(*arguments))
+        with atomic_write(temporary / "order.json", "w") as file:
+            json.dump({"facts": request, "arrays": arrays}, file, indent=1)
+        if data.documents >= CHECKED_ONCE:  # otherwise the second start checks, which takes no time
+            time.sleep(2 * TICK / 1e9)
+            write_mark(
+                temporary / CHECKED, [DataFile(temporary / n) for n in ("order.json", *map("{}.npy".format, MAPS))]
+            )
         temporary.rename(cache)
+        flush(cache.parent)
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # these two: another process has written the same maps
             note = printable(f"note: {cache} cannot be written ({error.strerror}); the order stays in memory")
             print(note, file=sys.stderr)
-            return maps, arrays
+            return maps_in_memory(shapes, map_blocks(*arguments))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return load_maps(cache, request, data) or (maps, arrays)
+    return load_maps(cache, request, data) or maps_in_memory(shapes, map_blocks(*arguments))
+
+
+def write_maps(directory: Path, shapes: dict, blocks: Iterator[tuple[str, slice, np.ndarray]]) -> dict:
+    """Write blocks, map after map, as .npy files, and hash them on their way. Returns the descriptions of the maps."""
+    arrays = {}
+    for name, part in groupby(blocks, lambda block: block[0]):
+        digest, (dtype, shape) = hashlib.sha256(), shapes[name]
+        head = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        with atomic_write(directory / f"{name}.npy") as file:
+            np.lib.format.write_array_header_1_0(file, head)
+            for _, _, values in part:
+                digest.update(values)
+                file.write(values)
+        arrays[name] = {"dtype": dtype.str, "shape": [*shape], "sha256": digest.hexdigest()}
+    return arrays
+
+
+def maps_in_memory(shapes: dict, blocks: Iterator[tuple[str, slice, np.ndarray]]) -> tuple[dict[str, Map], dict]:
+    maps = {name: np.empty(shape, dtype) for name, (dtype, shape) in shapes.items()}
+    for name, rows, values in blocks:
+        maps[name][rows] = values
+    return maps, {name: describe(array) for name, array in maps.items()}
 
 
 def as_array(map: Map) -> np.ndarray:
     """Return a map as an array, memory-mapped if it is in a file."""
     return map if isinstance(map, np.ndarray) else map.map()
+
+
+def gather(map: Map, starts: np.ndarray, count: int) -> np.ndarray:
+    """Return entries start .. start + count - 1 of a map for every start: [len(starts), count, ...] int64."""
+    entries = map[starts[:, None] + np.arange(count)] if isinstance(map, np.ndarray) else map.gather(starts, count)
+    return entries.astype(np.int64)
 
 
 # ---- the rows --------------------------------------------------------------------------------------------------------
@@ -247,7 +274,7 @@ class Order:
         index, tokens, documents = data.index_file, data.tokens, data.documents
         if tokens <= seq_len:
             raise UserError(f"{index}: {tokens} tokens make no row of {seq_len + 1}; add text or lower --seq-len")
-        if data.marks == 1 and all((sizes == seq_len + 1).all() for sizes in data.sizes.blocks("looking for rows")):
+        if data.marks == 1 and data.shortest == data.longest == seq_len + 1:
             raise UserError(f"{index}: rows shuffled already; give the directory of document.idx as --data")
         self.epochs = epochs = epochs_for(samples, seq_len, tokens)
         if epochs * documents > 2**31 - 1:
@@ -262,10 +289,9 @@ class Order:
                 note = printable(f"note: building the order of {rows:,} rows, only this time: {cache}")
                 print(note, file=sys.stderr)
             try:
-                maps = index_maps(np.asarray(data.sizes), epochs, seq_len, seed)
+                loaded = build_maps(cache, request, data)
             except MemoryError:
                 raise UserError(f"{index}: no memory for an order of {epochs} epochs; lower --steps") from None
-            loaded = save_maps(cache, request, maps, data)
         maps, arrays = loaded
         self._maps = [maps[name] for name in MAPS]
         # A hash of three hashes, because hashing the maps again would read them again.
@@ -280,31 +306,39 @@ class Order:
 
     def pieces(self, i: int) -> list[tuple[int, int, int]]:
         """Return the pieces of documents that row i consists of: [(document, offset in tokens, number of tokens)]."""
-        return [(document, offset, count) for document, offset, count, _ in self._pieces(i)]
+        _, documents, offsets, counts, _ = self._pieces(np.array([i]))
+        return list(zip(documents.tolist(), offsets.tolist(), counts.tolist()))
 
     def __getitem__(self, i: int) -> np.ndarray:
-        row = self.data.join((position, count) for _, _, count, position in self._pieces(i))
-        if len(row) != self.seq_len + 1:
-            raise UserError(
-                f"{self.data.index_file}: row {i} has {len(row)} tokens; another program has changed the data"
-            )
-        return row
+        return self.take(np.array([operator.index(i)]))[0]
 
-    def _pieces(self, i: int) -> list[tuple[int, int, int, int]]:
-        """Return [(document, offset in it, number of tokens, position in the data)] of row i."""
-        if not 0 <= i < len(self):  # negative indices do not count from the end
-            raise IndexError(f"row {i} of {len(self)}")
+    def take(self, numbers: np.ndarray) -> np.ndarray:
+        """Return rows [n] as served: [n, seq_len + 1]."""
+        rows, _, _, counts, positions = self._pieces(numbers)
+        lengths = np.bincount(rows, counts, len(numbers))
+        if (wrong := lengths != self.seq_len + 1).any():
+            k = wrong.argmax()
+            problem = f"row {numbers[k]} has {lengths[k]:.0f} tokens; another program has changed the data"
+            raise UserError(f"{self.data.index_file}: {problem}")
+        return self.data.gather(positions, counts).reshape(len(numbers), -1)
+
+    def _pieces(self, numbers: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Return the pieces of documents that rows consist of, as five int64 arrays: the index in `numbers` of their
+        row, the document, the offset in it, the number of tokens, the position in the data."""
+        if (wrong := (numbers < 0) | (numbers >= len(self))).any():  # negative numbers do not count from the end
+            raise IndexError(f"row {numbers[wrong.argmax()]} of {len(self)}")
         doc_idx, sample_idx, shuffle_idx = self._maps
-        row = shuffle_idx[i : i + 1].item()
-        (first, offset), (last, end) = sample_idx[row : row + 2].tolist()
-        pieces = []
-        for document in doc_idx[first : last + 1].tolist():
-            begin, stop = self.data.span(document)
-            pieces.append((document, offset, stop - begin - offset, begin + offset))
-            offset = 0
-        document, offset, _, position = pieces[-1]
-        pieces[-1] = document, offset, end + 1 - offset, position  # + 1: the target of the last token
-        return [piece for piece in pieces if piece[2] > 0]
+        bounds = gather(sample_idx, gather(shuffle_idx, numbers, 1)[:, 0], 2)
+        (first, begin), (last, end) = bounds[:, 0].T, bounds[:, 1].T  # [n] each
+        documents = [doc_idx[a : b + 1] for a, b in zip(first.tolist(), last.tolist())]
+        documents, lengths = np.concatenate(documents).astype(np.int64), last - first + 1  # in pieces
+        begins, ends = self.data.spans(documents)
+        offsets, lasts = np.zeros_like(begins), np.cumsum(lengths) - 1
+        offsets[lasts - lengths + 1] = begin
+        counts = ends - begins - offsets
+        counts[lasts] = end + 1 - offsets[lasts]  # + 1: the target of the last token
+        pieces = np.repeat(np.arange(len(numbers)), lengths), documents, offsets, counts, begins + offsets
+        return tuple(x[counts > 0] for x in pieces)
 
 
 class ShuffledRows:
@@ -316,19 +350,37 @@ class ShuffledRows:
     def __init__(self, directory: str | Path | IndexedTokens, seq_len: int = 2048):
         self.data = directory if isinstance(directory, IndexedTokens) else IndexedTokens(Path(directory) / "document")
         self.seq_len = seq_len
-        for block in block_slices(self.data.documents, "checking rows"):
-            sizes = self.data.sizes[block]
-            if (wrong := sizes != seq_len + 1).any():
-                k = wrong.argmax()
-                problem = f"row {block.start + k} has {sizes[k]} tokens, not {seq_len + 1}; change --seq-len"
-                raise UserError(f"{self.data.index_file}: {problem}")
+        if self.data.documents and not self.data.shortest == self.data.longest == seq_len + 1:
+            for block in block_slices(self.data.documents, "checking rows"):
+                sizes = self.data.sizes[block]
+                if (wrong := sizes != seq_len + 1).any():
+                    k = wrong.argmax()
+                    problem = f"row {block.start + k} has {sizes[k]} tokens, not {seq_len + 1}; change --seq-len"
+                    raise UserError(f"{self.data.index_file}: {problem}")
         self.sha256 = self.data.index_sha256
 
     def __len__(self) -> int:
         return self.data.documents
 
     def __getitem__(self, i: int) -> np.ndarray:
-        return self.data.read(operator.index(i) * (self.seq_len + 1), self.seq_len + 1)
+        return self.take(np.array([operator.index(i)]))[0]
+
+    def take(self, numbers: np.ndarray) -> np.ndarray:
+        """Return rows [n] as served: [n, seq_len + 1]."""
+        width = self.seq_len + 1
+        return self.data.gather(numbers * width, np.full(len(numbers), width)).reshape(-1, width)
 
 
 Rows = Order | ShuffledRows
+
+
+def row_digests(batch: np.ndarray) -> np.ndarray:
+    """Return the sha256 of every row of [..., seq_len + 1] tokens, as stored (little-endian): uint8 [..., 32]."""
+    rows = batch.astype(batch.dtype.newbyteorder("<"), copy=False).reshape(-1, batch.shape[-1])
+    digests = b"".join(hashlib.sha256(row.tobytes()).digest() for row in rows)
+    return np.frombuffer(digests, dtype=np.uint8).reshape(*batch.shape[:-1], 32).copy()
+
+
+def digest(row_digests: np.ndarray) -> str:
+    """Return the hex sha256 of a batch, from its row digests, so that each rank hashes only its own rows."""
+    return hashlib.sha256(row_digests.tobytes()).hexdigest()

@@ -15,9 +15,9 @@ from torch import Tensor
 from model.pythia import Pythia
 from model.sizes import SIZES, Config
 from runtime.errors import UserError
-from runtime.files import naming, read_small, reason
+from runtime.files import READ_ERRORS, naming, read_small, reason
 from runtime.manifests import listed, listed_files, read_listed
-from runtime.tensors import DTYPES, READ_ERRORS, read_header, read_pieces, write_tensors
+from runtime.tensors import DTYPES, read_header, read_pieces, write_tensors
 
 _LAYER = "gpt_neox.layers.{}."
 _NAMES = {

@@ -8,6 +8,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO
 
+# Exceptions that reading a damaged or malicious file can raise.
+READ_ERRORS = (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
+
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 import signal
 import sys
 import time
@@ -14,6 +15,18 @@ def supports_bf16_matmul() -> bool:
     """Whether this machine has instructions for bf16 matmul. They take half the time of float32, or less."""
     avx512, amx = (getattr(torch.cpu, f"_is_{name}_supported", bool) for name in ("avx512_bf16", "amx_tile"))
     return torch.cuda.is_available() or avx512() or amx()
+
+
+def host_facts(device: torch.device, ranks: int) -> dict:
+    """What run.json records about the machine of a start."""
+    return {
+        "host": platform.node(),
+        "ranks": ranks,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
 
 
 class StopSignal:

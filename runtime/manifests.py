@@ -14,8 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from runtime.errors import UserError
-from runtime.files import atomic_write, open_regular, read_small, reason
-from runtime.tensors import READ_ERRORS, read_header, read_pieces
+from runtime.files import READ_ERRORS, atomic_write, open_regular, read_small, reason
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -111,6 +110,8 @@ def checksums(path: Path) -> dict:
         with open_regular(path) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
+    from runtime.tensors import read_header, read_pieces  # they need torch, which data.py does without
+
     header, entries, _ = read_header(path)
 
     def tensor_sha256(entry: dict) -> str:

@@ -16,12 +16,10 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from runtime.errors import UserError
 from runtime.files import atomic_write, read_small
-from runtime.ranks import Dist
 
 MAX_BYTES = 2**26  # of run.json: a start has about 500 bytes
 DAMAGE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # what reading a damaged run.json raises
@@ -208,9 +206,9 @@ def recorded_settings(run: Path) -> dict:
         return {}
 
 
-def record_start(run: Path, new: dict, step: int, dist: Dist) -> dict:
-    """Record in run.json that the run starts, or continues, at this step. A new run begins with the content of `new`:
-    settings, data, and for a branch its parent.
+def record_start(run: Path, new: dict, step: int, host: dict) -> dict:
+    """Record in run.json that the run starts, or continues, at this step, on this host (host_facts). A new run begins
+    with the content of `new`: settings, data, and for a branch its parent.
 
     Returns the content of run.json. Raises UserError if it cannot be written.
     """
@@ -220,12 +218,7 @@ def record_start(run: Path, new: dict, step: int, dist: Dist) -> dict:
         "step": step,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(sys.argv),
-        "host": platform.node(),
-        "ranks": dist.world_size,
-        "device": torch.cuda.get_device_name() if dist.device.type == "cuda" else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        **host,
     }
     stored["starts"].append(start)
     _write(path, stored)

@@ -22,9 +22,6 @@ CHUNK_BYTES = 2**22  # read and write in pieces of this size
 MAX_HEADER_BYTES = 10**8  # the safetensors library refuses longer headers
 DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 
-# Exceptions that reading a damaged or malicious file can raise.
-READ_ERRORS = (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
-
 
 def write_tensors(
     path: Path,

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from runtime.errors import UserError
-from runtime.files import naming, open_regular, reason
-from runtime.tensors import READ_ERRORS
+from runtime.files import READ_ERRORS, naming, open_regular, reason
 
 # What data.pkl may name: the classes of storages, and the two functions that published files call.
 STORAGES = {

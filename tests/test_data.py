@@ -18,8 +18,7 @@ from megatron import MISC, REPO, arrays, assert_refused, copy_golden, cut_into_s
 
 import data
 from corpus.indexed import DataFile, IndexedTokens
-from corpus.loader import digest, row_digests
-from corpus.order import Order
+from corpus.order import Order, digest, row_digests
 from corpus.tokenizer import byte_tokenizer
 from data import batch, check_vocab, row_numbers
 from runtime.errors import UserError, run_command

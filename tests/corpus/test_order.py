@@ -15,7 +15,7 @@ from megatron import MAPS, MISC, REPO, arrays, copy_golden, cut_into_shards, ran
 import data
 from corpus import indexed
 from corpus import order as order_module
-from corpus.order import Order, ShuffledRows, index_maps
+from corpus.order import Order, ShuffledRows, layout, map_blocks, maps_in_memory
 from data import batch
 from runtime.errors import UserError
 
@@ -60,7 +60,8 @@ def test_empty_and_short_documents_equal_neox(golden, name, seed, case):
 def test_shuffles(case):
     """The maps of 20 documents and 33 rows are two shuffles by one generator, equal to those of numpy as published."""
     assert np.random.RandomState(case["seed"]).randint(0, 2**32, 8, np.uint32).tolist() == case["first_u32"]
-    maps = index_maps(np.array([2] * 14 + [1] * 6), epochs=1, seq_len=1, seed=case["seed"])
+    sizes = np.array([2] * 14 + [1] * 6)
+    maps, _ = maps_in_memory(layout(20, 34, 1, 1), map_blocks(sizes, 34, epochs=1, seq_len=1, seed=case["seed"]))
     assert maps["doc_idx"].tolist() == case["shuffle20_int32"]
     assert maps["shuffle_idx"].tolist() == case["then_shuffle33_uint32"]
 
@@ -200,12 +201,12 @@ def test_shuffled_rows(tmp_path, marks):
 
 
 def cache_of(directory):
-    (cache,) = directory.glob("*.order-*")
+    (cache,) = (path for path in directory.glob("*.order-*") if path.suffix != ".tmp")
     return cache
 
 
 def forbid_building(monkeypatch):
-    monkeypatch.setattr(order_module, "index_maps", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(order_module, "map_blocks", lambda *_: pytest.fail("built again"))
 
 
 def test_cache_is_used(golden, monkeypatch, capsys):
@@ -313,11 +314,11 @@ def test_order_stays_in_memory_in_a_read_only_directory(golden, monkeypatch, cap
 
 
 def test_full_disk_leaves_nothing(golden, monkeypatch, capsys):
-    def full(path, *_, **__):
-        Path(path).write_bytes(b"half")
+    def full(file, head):
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", full)
     order = Order(golden / "edgeA", 57, 64)
     np.testing.assert_array_equal(order[5], arrays("edgeA_golden")["s1234_ep2_all_rows"][5])
     assert "No space left" in capsys.readouterr().err
@@ -325,15 +326,15 @@ def test_full_disk_leaves_nothing(golden, monkeypatch, capsys):
 
 
 def test_cache_of_a_faster_process_is_used(golden, monkeypatch, capsys):
-    build = order_module.index_maps
+    build = order_module.map_blocks
 
     def overtaken(*arguments):
-        monkeypatch.setattr(order_module, "index_maps", build)
+        monkeypatch.setattr(order_module, "map_blocks", build)
         Order(golden / "edgeA", 57, 64)  # the other process, which starts and ends while this one builds
         overtaken.inode = cache_of(golden).stat().st_ino
         return build(*arguments)
 
-    monkeypatch.setattr(order_module, "index_maps", overtaken)
+    monkeypatch.setattr(order_module, "map_blocks", overtaken)
     order = Order(golden / "edgeA", 57, 64)
     assert cache_of(golden).stat().st_ino == overtaken.inode
     np.testing.assert_array_equal(order[5], arrays("edgeA_golden")["s1234_ep2_all_rows"][5])

@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import UserError
-from runtime.ranks import Dist
 from runtime.run_directory import (
     check_same_run,
     lock,
@@ -187,7 +186,7 @@ def nowhere(run: Path) -> None:
 @pytest.fixture
 def recorded(tmp_path) -> Path:
     """A run directory with a run.json."""
-    record_start(tmp_path, RECORD, 0, Dist())
+    record_start(tmp_path, RECORD, 0, {})
     return tmp_path
 
 
@@ -217,7 +216,7 @@ def test_a_damaged_file_without_checkpoints(damage, recorded):
         recover_run_file(recorded, lambda run, useless=useless: useless)
     for use in (
         lambda: check_same_run(recorded, {}, lambda data: []),
-        lambda: record_start(recorded, {}, 1, Dist()),
+        lambda: record_start(recorded, {}, 1, {}),
     ):
         with pytest.raises(UserError, match=r"run\.json is damaged \(.*\): choose another --out"):
             use()
@@ -275,6 +274,6 @@ def test_a_disk_that_cannot_be_written(number, recorded, monkeypatch):
     monkeypatch.setattr(os, "fsync", fail)
     expected = rf"run\.json cannot be written \({os.strerror(number)}\): make it writable or make room"
     with pytest.raises(UserError, match=expected):
-        record_start(recorded, RECORD, 4, Dist())
+        record_start(recorded, RECORD, 4, {})
     assert contents(recorded) == before
     assert json.loads((recorded / "run.json").read_text())["starts"][0]["step"] == 0
