@@ -260,6 +260,8 @@ def run_info(args: argparse.Namespace) -> None:
     if args.assumed_steps and not shuffled and epochs_for(samples, args.seq_len, data.tokens) > MANY_EPOCHS:
         samples, order_of = max((data.tokens - 1) // args.seq_len, 1), "one epoch; for that of a run give --run RUN"
     rows = order_rows(data, shuffled, samples, args.seq_len, args.seed)
+    if args.verify:
+        rows.verify("verifying the order")
     if args.run:
         check_data(args, rows)
     print_facts(
@@ -451,6 +453,7 @@ def main() -> None:
             text = f"{text} (default: {DEFAULTS[name]}; with --demo {(DEFAULTS | DEMO)[name]})"
             command.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=text)
     info.add_argument("--hash", action="store_true", help="hash all tokens, and store the hash beside the data")
+    info.add_argument("--verify", action="store_true", help="read index and order again, though they were checked once")
     view.add_argument("--step", type=int, required=True, metavar="T", help="the first step is 0")
     view.add_argument("--row", type=int, metavar="R", help="only this row of the step; the first row is 0")
     view.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json (default: the one beside the data)")

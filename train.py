@@ -28,7 +28,7 @@ from checkpoints.branch import Parent, read_parent
 from checkpoints.manifest import clean_up, steps_with_state
 from checkpoints.resume import latest_valid_step, recover_record, restore
 from checkpoints.save import Saver
-from corpus.loader import Batch, Loader
+from corpus.loader import Batch, Loader, verify_in_background
 from corpus.order import digest, row_digests
 from model import SIZES, Config, Pythia
 from model.huggingface import Export, read_config, read_weights
@@ -109,7 +109,7 @@ def run(s: Settings, dist: Dist, stack: ExitStack) -> int:
     record = announce_start(s, run_dir, fingerprint, parent, check_lock, start, stop, dist)
     stop_signal, watchdog = StopSignal(), stack.enter_context(Watchdog(dist, s.timeout))
     log = StepLog(s, old, start, dist, stack)
-    saver = open_saver(s, run_dir, trainer, watchdog, record, [lambda step: check_lock(), log.check], stack)
+    saver = open_saver(s, rows, trainer, watchdog, record, [lambda step: check_lock(), log.check], stack)
 
     def save(step: int) -> None:
         watchdog.heartbeat(step, "saving")
@@ -350,7 +350,7 @@ def choose_sharding(s: Settings, config: Config, dist: Dist) -> tuple[str, bool]
 
 
 def open_saver(
-    s: Settings, run_dir: Path, trainer: Step, watchdog: Watchdog, record: dict | None, checks: list, stack: ExitStack
+    s: Settings, rows: data.Rows, trainer: Step, watchdog: Watchdog, record: dict | None, checks: list, stack: ExitStack
 ) -> Saver:
     """The writer of checkpoints. Weights are saved in the dtype of the training, but in float32 if that is bf16 on a
     CPU: there others compute in float32, and bf16 weights would change their logits.
@@ -367,8 +367,9 @@ def open_saver(
         data_without_times = {name: value for name, value in record["data"].items() if name != "modified_ns"}
         origin = {"parent": record["parent"]} if "parent" in record else {}
         options["record"] = {"settings": kept, "data": data_without_times, **origin}
+        checks = [*checks, verify_in_background(rows)]
     options["check"] = lambda step: [check(step) for check in checks]
-    saver = Saver(run_dir, model, trainer.optimizer, dist, export, **options)
+    saver = Saver(Path(s.out), model, trainer.optimizer, dist, export, **options)
     stack.callback(saver.wait)
     return saver
 

@@ -31,8 +31,9 @@ DTYPES = {code: np.dtype(name) for code, name in {1: "u1", 2: "i1", 3: "<i2", 4:
 
 
 def block_slices(count: int, label: str, size: int = 1 << 20) -> Iterator[slice]:
-    """Yield slices of at most `size` that cover range(count). A progress bar appears after two seconds."""
-    for start in tqdm(range(0, count, size), desc=label, delay=2, leave=False, disable=None):
+    """Yield slices of at most `size` that cover range(count). A progress bar appears after two seconds, if it has a
+    label."""
+    for start in tqdm(range(0, count, size), desc=label, delay=2, leave=False, disable=None if label else True):
         yield slice(start, min(start + size, count))
 
 
@@ -359,6 +360,11 @@ class IndexedTokens:
             return int(tokens), int(shortest), int(longest), str(digest)
         except (UserError, ValueError, LookupError, TypeError, RecursionError):
             return None
+
+    def verify_index(self, label: str) -> None:
+        """Raise UserError if the index is not as it was when it was checked."""
+        if sha256(self.sizes.file.blocks(label)) != self.index_sha256:
+            raise UserError(f"{self.index_file} is not as it was when it was checked: fetch it again")
 
     def read(self, position: int, count: int) -> np.ndarray:
         """Return tokens [count] from `position` in the tokens of all documents. Raises IndexError outside the data."""

@@ -2,13 +2,34 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from corpus.order import row_digests
+from corpus.order import Rows, row_digests
+from runtime.errors import UserError
+
+
+def verify_in_background(rows: Rows) -> Callable[[int], None]:
+    """Read the index and the maps in a thread, and compare them with their hashes: a start trusts those that were
+    checked before. Returns check(step), which raises UserError once one of them is found damaged."""
+    found: list[UserError] = []
+
+    def verify() -> None:
+        try:
+            rows.verify()
+        except UserError as error:
+            found.append(error)
+
+    def check(step: int) -> None:
+        if found:
+            raise found[0]
+
+    Thread(target=verify, daemon=True).start()  # daemon: the end of a run does not wait for it
+    return check
 
 
 class Batch(NamedTuple):

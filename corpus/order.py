@@ -140,8 +140,8 @@ def epochs_for(samples: int, seq_len: int, tokens: int) -> int:
 # ---- the cache -------------------------------------------------------------------------------------------------------
 
 
-def describe(array: Map) -> dict:
-    digest = sha256(array[block] for block in block_slices(len(array), "hashing the order"))
+def describe(array: Map, label: str = "hashing the order") -> dict:
+    digest = sha256(array[block] for block in block_slices(len(array), label))
     return {"dtype": array.dtype.str, "shape": [*array.shape], "sha256": digest}
 
 
@@ -293,7 +293,7 @@ class Order:
             except MemoryError:
                 raise UserError(f"{index}: no memory for an order of {epochs} epochs; lower --steps") from None
         maps, arrays = loaded
-        self._maps = [maps[name] for name in MAPS]
+        self._maps, self._described = [maps[name] for name in MAPS], arrays
         # A hash of three hashes, because hashing the maps again would read them again.
         self.sha256 = hashlib.sha256(b"".join(bytes.fromhex(arrays[name]["sha256"]) for name in MAPS)).hexdigest()
 
@@ -303,6 +303,15 @@ class Order:
 
     def __len__(self) -> int:
         return len(self._maps[2]) - 1
+
+    def verify(self, label: str = "") -> None:
+        """Read the index and the maps, and raise UserError if one is not as it was when it was checked."""
+        self.data.verify_index(label)
+        for name, array in zip(MAPS, self._maps):
+            if isinstance(array, StoredArray) and describe(array, label) != self._described[name]:
+                raise UserError(
+                    f"{array.file.path} is not as it was when it was checked: remove {array.file.path.parent}"
+                )
 
     def pieces(self, i: int) -> list[tuple[int, int, int]]:
         """Return the pieces of documents that row i consists of: [(document, offset in tokens, number of tokens)]."""
@@ -361,6 +370,10 @@ class ShuffledRows:
 
     def __len__(self) -> int:
         return self.data.documents
+
+    def verify(self, label: str = "") -> None:
+        """Read the index, and raise UserError if it is not as it was when it was checked."""
+        self.data.verify_index(label)
 
     def __getitem__(self, i: int) -> np.ndarray:
         return self.take(np.array([operator.index(i)]))[0]

@@ -991,3 +991,10 @@ def test_profile_says_how_many_steps_it_has(flags, traced, run, capsys):
     names = [event["name"] for event in events]
     attention = [name for name in names if name in ("tripod::short_attention", "tripod::linear_rotary_attention")]
     assert len(attention) == 2 * traced  # two layers
+
+
+def test_damage_of_the_order_ends_the_run(run, monkeypatch):
+    """A start trusts an order that was checked before; a thread reads it again."""
+    monkeypatch.setattr(Order, "verify", lambda self: (_ for _ in ()).throw(UserError("shuffle_idx.npy has changed")))
+    with pytest.raises(UserError, match=r"shuffle_idx\.npy has changed"):
+        run()

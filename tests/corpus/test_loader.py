@@ -1,12 +1,14 @@
 """The Loader reads batches ahead on a thread."""
 
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from corpus.loader import Loader
+from corpus.loader import Loader, verify_in_background
+from runtime.errors import UserError
 
 
 def test_reads_one_step_ahead_and_no_further(device):
@@ -38,3 +40,18 @@ def test_an_error_in_read_is_raised_by_next_of_that_step(device):
         loader.next()
         with pytest.raises(ValueError, match="step 2 cannot"):
             loader.next()
+
+
+def test_damage_that_is_found_in_the_background_is_raised_by_the_next_check():
+    def verify() -> None:
+        assert again.wait(60)
+        raise UserError("damaged")
+
+    again, before = threading.Event(), set(threading.enumerate())
+    check = verify_in_background(SimpleNamespace(verify=verify))
+    check(3)  # nothing found yet
+    again.set()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(60)
+    with pytest.raises(UserError, match="damaged"):
+        check(4)

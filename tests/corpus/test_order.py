@@ -473,3 +473,51 @@ def test_a_map_that_shrinks_is_named(golden, name):
     os.truncate(path, 130)
     with pytest.raises(UserError, match=rf"{name}.npy: byte \d+: the file ends here"):
         batch(order, 0, 57)
+
+
+@pytest.mark.parametrize("file", ["edgeA.idx", *(f"{name}.npy" for name in MAPS)])
+def test_verify_finds_what_changed_after_the_check(golden, file):
+    """A flipped bit on the disk leaves size and times as they were."""
+    order = Order(golden / "edgeA", 57, 64)
+    order.verify()
+    (path,) = golden.rglob(file)
+    flip(file)(path.parent)
+    with pytest.raises(UserError, match=f"{file} is not as it was when it was checked"):
+        order.verify()
+
+
+# --- A large index ----------------------------------------------------------------------------------------------------
+
+
+def test_a_large_index_is_checked_once(golden, monkeypatch):
+    monkeypatch.setattr(indexed, "CHECKED_ONCE", 1)
+    time.sleep(0.2)  # a mark counts only for files that are older than it by a tick of the clock
+    first = indexed.IndexedTokens(golden / "edgeA")
+    with monkeypatch.context() as patched:
+        patched.setattr(indexed.IndexedTokens, "_check", lambda *_: pytest.fail("checked again"))
+        again = indexed.IndexedTokens(golden / "edgeA")
+    for name in ("tokens", "documents", "shortest", "longest", "index_sha256"):
+        assert getattr(again, name) == getattr(first, name)
+    raw = bytearray((golden / "edgeA.idx").read_bytes())
+    raw[34] += 1  # the size of the first document
+    (golden / "edgeA.idx").write_bytes(raw)
+    with pytest.raises(UserError, match="truncated"):
+        indexed.IndexedTokens(golden / "edgeA")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"files": []}', '{"facts": null}'])
+def test_a_damaged_mark_does_not_count(golden, text, monkeypatch):
+    monkeypatch.setattr(indexed, "CHECKED_ONCE", 1)
+    (golden / "edgeA.idx.json").write_text(text)
+    assert (
+        indexed.IndexedTokens(golden / "edgeA").index_sha256
+        == hashlib.sha256((golden / "edgeA.idx").read_bytes()).hexdigest()
+    )
+
+
+def test_take_equals_single_rows(golden):
+    order, numbers = Order(golden / "edgeA", 57, 64), np.array([5, 5, 0, 41])
+    np.testing.assert_array_equal(order.take(numbers), [order[i] for i in numbers])
+    np.testing.assert_array_equal(order.take(numbers), arrays("edgeA_golden")["s1234_ep2_all_rows"][numbers])
+    with pytest.raises(IndexError, match="row -1 of"):
+        order.take(np.array([3, -1]))
