@@ -4,7 +4,7 @@
     python -m bench.order --folder /tmp --scale 0.01       a hundredth of it
 
 The index is made of random sizes like those of the Pile. The tokens are a sparse file, which takes no room on the disk.
-Every figure but the first is from a process of its own. Times are wall-clock, memory is the peak of resident memory.
+Every figure is from a process of its own. Times are wall-clock, memory is the peak of resident memory.
 """
 
 import argparse
@@ -28,7 +28,7 @@ STEPS, BATCH = 143_000, 1024
 ROOT = Path(__file__).parents[1]
 
 
-def make(prefix: Path, scale: float) -> None:
+def make(prefix: Path, scale: float) -> dict:
     """Write PREFIX.idx, and PREFIX.bin with zeros."""
     draw, documents = np.random.default_rng(0), int(DOCUMENTS * scale)
     mean, sigma = TOKENS / DOCUMENTS, 1.4  # log-normal: most documents are short, and a few have a million tokens
@@ -47,6 +47,7 @@ def make(prefix: Path, scale: float) -> None:
             file.write(np.arange(block.start, block.stop, dtype="<i8"))
     with open(f"{prefix}.bin", "wb") as file:
         file.truncate(begin)
+    return {}
 
 
 def samples(scale: float) -> int:
@@ -128,7 +129,7 @@ def main() -> None:
     prefix = folder / "pile"
     if list(folder.glob("*.order-*")):
         raise UserError(f"{folder} has an order already: remove the folder, so that it is built")
-    make(prefix, s.scale)
+    alone(make, prefix, s.scale)  # a process begins with the peak memory of the one that starts it
     print(
         f"{os.cpu_count()} cores, numpy {np.__version__}, {s.scale:g} of the Pile: {DOCUMENTS * s.scale:,.0f} documents"
     )

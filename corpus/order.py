@@ -67,7 +67,9 @@ def map_blocks(
         rng.shuffle(values)  # of int64, which takes half the time of smaller types; the order is the same
         return values.astype(dtype)
 
-    doc_idx = shuffled(np.tile(np.arange(len(sizes)), epochs), types["doc_idx"][0])
+    doc_idx = np.arange(epochs * len(sizes))
+    doc_idx %= len(sizes)  # in place: for the Pile it has 1.7 GB
+    doc_idx = shuffled(doc_idx, types["doc_idx"][0])
     yield from (("doc_idx", block, doc_idx[block]) for block in block_slices(len(doc_idx), "writing the order"))
     dtype, (count, _) = types["sample_idx"]
     for rows, starts in cut_stream(sizes, doc_idx, count, seq_len):
