@@ -1,6 +1,9 @@
 """The layout: imports go down the floors and never in a circle, and functions fit one screen."""
 
 import ast
+import os
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -79,3 +82,24 @@ def test_no_function_over_60_lines():
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and room(module(path)) != "bench":
                 lines = node.end_lineno - node.lineno + 1
                 assert lines <= 60 or node.name in TOO_LONG, f"{path}:{node.lineno} {node.name} has {lines} lines"
+
+
+OPTIONAL = (
+    "zstandard",
+    "matplotlib",
+    "litgpt",
+    "liger_kernel",
+    "flash_attn",
+    "pytest_benchmark",
+    "wandb",
+    "tensorboard",
+)
+
+
+def test_tests_and_benchmarks_import_without_optional_packages():
+    """A machine with a GPU may lack them, and one failed import would stop all tests there."""
+    block = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL})); import pytest, bench.all, bench.roofline; "
+    collect = block + "sys.exit(pytest.main(['--collect-only', '-qq', '-m', 'gpu', 'tests']))"
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run([sys.executable, "-c", collect], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

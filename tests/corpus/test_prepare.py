@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import zstandard
 from megatron import REPO, assert_refused, run_data
 from test_tokenizer import ODD
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -23,6 +22,8 @@ from corpus import prepare
 from corpus.indexed import IndexedTokens
 from corpus.tokenizer import byte_tokenizer, can_cut
 from runtime.errors import UserError
+
+zstandard = pytest.importorskip("zstandard", reason="packed input needs zstandard")
 
 
 def random_text(rng, length):
