@@ -28,6 +28,8 @@ from corpus.fetch import add_fetch_arguments, run_fetch
 from corpus.indexed import DataFile, IndexedTokens, read_mark, sha256, write_mark
 from corpus.order import Order, Rows, ShuffledRows, digest, epochs_for, row_digests
 from corpus.prepare import DEMO_PREFIX, demo, prepare
+from corpus.search import add_count_arguments, add_find_arguments, count, find
+from corpus.suffix_index import add_index_arguments, build_index
 from corpus.tokenizer import load_tokenizer, tokenizer_errors
 from runtime.errors import Parser, UserError, printable, run_command
 from runtime.files import atomic_write, reason
@@ -348,13 +350,8 @@ def compare_with_run(run: Path, step: int, tokens: np.ndarray) -> None:
         print(printable(f"these rows are those that {run} recorded for step {step}"), file=sys.stderr)
 
 
-def run_view(args: argparse.Namespace) -> None:
-    """Print what the model saw in a step, as text if there is a tokenizer, and the documents that it came from."""
-    note = take_settings(args)
-    if not 0 <= args.step < args.steps:
-        raise UserError(f"step {args.step}: the run has the steps 0 .. {args.steps - 1} (--steps {args.steps})")
-    if args.row is not None and not 0 <= args.row < args.batch_size:
-        raise UserError(f"--row {args.row}: a step has rows 0 .. {args.batch_size - 1}")
+def open_asked(args: argparse.Namespace) -> Rows:
+    """Return the rows of the settings of take_settings, compared with --run. Raises UserError."""
     samples = requested_samples(args.steps, args.batch_size)
     data, shuffled = open_tokens(args.data)
     if not shuffled and args.assumed_steps and (n := epochs_for(samples, args.seq_len, data.tokens)) > MANY_EPOCHS:
@@ -365,6 +362,17 @@ def run_view(args: argparse.Namespace) -> None:
     rows = order_rows(data, shuffled, samples, args.seq_len, args.seed)
     if args.run:
         check_data(args, rows)
+    return rows
+
+
+def run_view(args: argparse.Namespace) -> None:
+    """Print what the model saw in a step, as text if there is a tokenizer, and the documents that it came from."""
+    note = take_settings(args)
+    if not 0 <= args.step < args.steps:
+        raise UserError(f"step {args.step}: the run has the steps 0 .. {args.steps - 1} (--steps {args.steps})")
+    if args.row is not None and not 0 <= args.row < args.batch_size:
+        raise UserError(f"--row {args.row}: a step has rows 0 .. {args.batch_size - 1}")
+    rows = open_asked(args)
     check_step(rows, args.step, args.batch_size)
     chosen = np.arange(args.batch_size) if args.row is None else np.array([args.row])
     if args.run:  # its record is a hash of the whole batch
@@ -378,6 +386,27 @@ def run_view(args: argparse.Namespace) -> None:
     else:
         print_rows(args, rows, tokens, chosen.tolist())
     print(note, file=sys.stderr, end="\n" * bool(note))
+
+
+def run_find(args: argparse.Namespace) -> None:
+    """Print which steps saw a document, a text or tokens: every row that has them, and where."""
+    note = take_settings(args)
+    find(args, open_asked(args), args.tokenizer or find_tokenizer(args.data))
+    print(note, file=sys.stderr, end="\n" * bool(note))
+
+
+def run_count(args: argparse.Namespace) -> None:
+    """Print how often a run has seen a text, tokens, or each of many terms: occurrences that lie whole in a row, the
+    rows and the documents that have one, by the checkpoints of --at."""
+    note = take_settings(args)
+    count(args, open_asked(args), args.tokenizer or find_tokenizer(args.data))
+    print(note, file=sys.stderr, end="\n" * bool(note))
+
+
+def run_index(args: argparse.Namespace) -> None:
+    """Build PREFIX.suffixes, with which find and count need not read all tokens. Needs 4 bytes per token on the disk,
+    and up to 5.4 GB of memory (10 bytes per token of 2 bytes). The same command again resumes."""
+    build_index(open_tokens(args.data)[0], args.shard)
 
 
 def print_rows(args: argparse.Namespace, rows: Rows, tokens: np.ndarray, chosen: list[int]) -> None:
@@ -419,7 +448,7 @@ def export(array: np.ndarray, path: Path) -> None:
 
 def main() -> None:
     parser = Parser(prog="data.py", description="Prepare, describe and show training data.")
-    commands = parser.add_subparsers(required=True, metavar="prepare | info | view")
+    commands = parser.add_subparsers(required=True, metavar="prepare | fetch | info | view | find | count | index")
 
     def add(name: str, run, example: str) -> Parser:
         text, example = run.__doc__, f"example: python data.py {name} {example}"
@@ -440,7 +469,10 @@ def main() -> None:
     add_fetch_arguments(add("fetch", run_fetch, "standard --step 1000"))
     info = add("info", run_info, "--data corpora/mine --steps 1000")
     view = add("view", run_view, "--run runs/pythia-14m --step 10 --row 3")
-    for command in (info, view):
+    add_find_arguments(finder := add("find", run_find, '--run runs/pythia-14m --text "def main("'))
+    add_count_arguments(counter := add("count", run_count, "--run runs/pythia-14m --terms terms.txt --at 10,20,60"))
+    add_index_arguments(add("index", run_index, "--data corpora/mine"))
+    for command in (info, view, finder, counter):
         command.add_argument("--run", metavar="RUN", help="take all settings from this run; view checks its rows")
         command.add_argument("--demo", action="store_true", help="the rows of `train.py --demo`")
         command.add_argument("--data", help="prefix, pre-shuffled directory, or `demo` (default: demo)")

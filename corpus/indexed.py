@@ -9,7 +9,6 @@ import os
 import stat
 import struct
 import weakref
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import accumulate
@@ -94,14 +93,16 @@ class DataFile:
         with open(self._descriptor, "rb", closefd=False) as file:
             return np.memmap(file, dtype, "r", begin, shape)
 
-    def read_into(self, out: memoryview, begin: int) -> None:
-        """Fill `out` with the bytes from byte `begin`."""
+    def read_all(self, places: list[tuple[int, int]]) -> list[bytes]:
+        """Return `count` bytes from byte `begin` for every (begin, count)."""
+        pread, file = os.pread, self._descriptor  # a batch has thousands of small places
         try:
-            done = os.preadv(self._descriptor, [out], begin)
+            found = [pread(file, count, begin) for begin, count in places]
         except OSError:
-            done = -1
-        if done < len(out):  # rare: `read` finds out why, or reads the rest
-            out[:] = self.read(begin, len(out))
+            found = [b""]
+        if sum(map(len, found)) < sum(count for _, count in places):
+            return [self.read(begin, count) for begin, count in places]  # reads the rest, or finds out what is wrong
+        return found
 
     def expect_random_reads(self) -> None:
         """Tell the system not to read ahead: in a large file that would read megabytes for every row."""
@@ -119,8 +120,8 @@ class AbsentShard:
         number = int(self.path.stem[-14:-9])
         raise UserError(f"{self.path} is not here: get it with `python data.py fetch NAME --shards {number} --out DIR`")
 
-    def read_into(self, out: memoryview, begin: int) -> None:
-        self.read(begin, len(out))
+    def read_all(self, places: list[tuple[int, int]]) -> list[bytes]:
+        return [self.read(begin, count) for begin, count in places]
 
     def blocks(self, label: str) -> Iterator[bytes]:
         yield self.read(0, self.bytes)
@@ -144,13 +145,13 @@ class StoredArray:
         array = np.frombuffer(raw, self.dtype)
         return array if len(self.shape) == 1 else array.reshape(-1, *self.shape[1:])
 
-    def gather(self, starts: np.ndarray, count: int) -> np.ndarray:
-        """Return rows start .. start + count - 1 for every start: [len(starts), count, ...]."""
-        size = count * self.row_bytes
-        raw = memoryview(bytearray(len(starts) * size))
-        for at, start in zip(range(0, len(raw), size), starts.tolist()):
-            self.file.read_into(raw[at : at + size], self.begin + start * self.row_bytes)
-        return np.frombuffer(raw, self.dtype).reshape(-1, count, *self.shape[1:])
+    def gather(self, starts: np.ndarray, counts: np.ndarray | int) -> np.ndarray:
+        """Return rows start .. start + count - 1 for every start, one after the other."""
+        if np.isscalar(counts) and len(starts) > 1 and (np.diff(starts) == counts).all():  # neighbours: one read
+            return self[starts[0] : starts[-1] + counts]
+        begins, sizes = self.begin + starts * self.row_bytes, np.broadcast_to(counts, starts.shape) * self.row_bytes
+        raw = b"".join(self.file.read_all(list(zip(begins.tolist(), sizes.tolist()))))
+        return np.frombuffer(raw, self.dtype).reshape(-1, *self.shape[1:])
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         return self[0 : len(self)].astype(dtype or self.dtype, copy=False)
@@ -375,27 +376,38 @@ class IndexedTokens:
         if (wrong := (positions < 0) | (counts < 0) | (positions + counts > self.tokens)).any():
             k = wrong.argmax()
             raise IndexError(f"tokens {positions[k]} to {positions[k] + counts[k]} of {self.tokens}")
-        tokens, at, starts, width = np.empty(counts.sum(), self.dtype), 0, self._starts, self.dtype.itemsize
-        raw = memoryview(tokens).cast("B")
         # Count bytes, because a shard can end within a token (published shards end within rows).
-        for begin, size in zip((positions * width).tolist(), (counts * width).tolist()):
-            while size:
-                shard = bisect_right(starts, begin) - 1
-                part = min(size, starts[shard + 1] - begin)
-                self.shards[shard].read_into(raw[at : at + part], begin - starts[shard])
-                at, begin, size = at + part, begin + part, size - part
-        return tokens
+        width = self.dtype.itemsize
+        return np.frombuffer(bytearray().join(self._bytes(positions * width, counts * width)), self.dtype)
+
+    def _bytes(self, begins: np.ndarray, sizes: np.ndarray) -> list[bytes]:
+        starts, parts = np.array(self._starts), [b""] * len(begins)
+        shards = np.minimum(np.searchsorted(starts, begins, side="right"), len(self.shards)) - 1  # of the first byte
+        here = np.minimum(sizes, starts[shards + 1] - begins)  # bytes in that shard
+        for k in np.unique(shards).tolist():
+            chosen = np.flatnonzero(shards == k)
+            places = list(zip((begins[chosen] - starts[k]).tolist(), here[chosen].tolist()))
+            for i, raw in zip(chosen.tolist(), self.shards[k].read_all(places)):
+                parts[i] = raw
+        if len(cut := np.flatnonzero(here < sizes)):
+            for i, rest in zip(cut.tolist(), self._bytes((begins + here)[cut], (sizes - here)[cut])):
+                parts[i] += rest
+        return parts
 
     def spans(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the positions, in tokens, at which documents start and end: two int64 arrays."""
         # Behind the last position is the first document mark, so there are always 16 bytes to read.
-        begins, ends = self._pointers.gather(documents, 2).T // self.dtype.itemsize
+        begins, ends = self._pointers.gather(documents, 2).reshape(-1, 2).T // self.dtype.itemsize
         return begins, np.where(documents == self.documents - 1, self.tokens, ends)
 
     def span(self, document: int) -> tuple[int, int]:
         """Return the positions, in tokens, at which a document starts and ends."""
         begin, end = self.spans(np.array([document]))
         return begin.item(), end.item()
+
+    def starts(self) -> np.ndarray:
+        """Return the bytes of the data set at which the documents start: int64 [documents], memory-mapped."""
+        return self._pointers.map()
 
     def start(self, document: int) -> int:
         """Return the position, in tokens, at which a document starts."""

@@ -14,6 +14,7 @@ from contextlib import suppress
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from corpus.indexed import (
     sha256,
     write_mark,
 )
+from corpus.inverse import Inverse, as_json, sort_served
 from runtime.errors import UserError, printable
 from runtime.files import atomic_write, flush
 
@@ -244,10 +246,13 @@ def as_array(map: Map) -> np.ndarray:
     return map if isinstance(map, np.ndarray) else map.map()
 
 
-def gather(map: Map, starts: np.ndarray, count: int) -> np.ndarray:
-    """Return entries start .. start + count - 1 of a map for every start: [len(starts), count, ...] int64."""
-    entries = map[starts[:, None] + np.arange(count)] if isinstance(map, np.ndarray) else map.gather(starts, count)
-    return entries.astype(np.int64)
+def gather(map: Map, starts: np.ndarray, counts: np.ndarray | int) -> np.ndarray:
+    """Return entries start .. start + count - 1 of a map for every start, one after the other, as int64."""
+    if isinstance(map, np.ndarray):
+        counts = np.broadcast_to(counts, starts.shape)
+        firsts = np.cumsum(counts) - counts
+        return map[np.repeat(starts - firsts, counts) + np.arange(counts.sum())].astype(np.int64)
+    return map.gather(starts, counts).astype(np.int64)
 
 
 # ---- the rows --------------------------------------------------------------------------------------------------------
@@ -284,7 +289,7 @@ class Order:
 
         digest = data.index_sha256
         request = {"format": 1, "index_sha256": digest, "epochs": epochs, "seq_len": seq_len, "seed": seed}
-        cache = Path(f"{data.prefix}.order-{epochs}epochs-{seq_len}len-{seed}seed-{digest[:12]}")
+        self.cache = cache = Path(f"{data.prefix}.order-{epochs}epochs-{seq_len}len-{seed}seed-{digest[:12]}")
         loaded = load_maps(cache, request, data)
         if loaded is None:
             if (rows := epochs * tokens // seq_len) > 10_000_000:
@@ -302,6 +307,9 @@ class Order:
     doc_idx = cached_property(lambda self: as_array(self._maps[0]))
     sample_idx = cached_property(lambda self: as_array(self._maps[1]))
     shuffle_idx = cached_property(lambda self: as_array(self._maps[2]))
+    inverse = cached_property(
+        lambda self: Inverse(self.doc_idx, self.sample_idx, self.shuffle_idx, self.data, self.seq_len, self.cache)
+    )
 
     def __len__(self) -> int:
         return len(self._maps[2]) - 1
@@ -319,6 +327,26 @@ class Order:
         """Return the pieces of documents that row i consists of: [(document, offset in tokens, number of tokens)]."""
         _, documents, offsets, counts, _ = self._pieces(np.array([i]))
         return list(zip(documents.tolist(), offsets.tolist(), counts.tolist()))
+
+    def find(
+        self, document: int, batch_size: int = 1024, steps: int | None = None, unserved: bool = False
+    ) -> list[dict]:
+        """Return the pieces of a document in the rows, as `data.py find --json` prints them, in the order of training.
+
+        steps is the length of the run, None for as many as the order has. unserved=True adds the pieces that such a
+        run never serves. Raises UserError if there is no such document.
+        """
+        rows = served_rows(self, batch_size, steps)
+        pieces = sort_served(self.document_pieces(document), rows)
+        return [piece for piece in as_json(pieces, batch_size, rows) if unserved or piece["step"] is not None]
+
+    def document_pieces(self, document: int) -> np.ndarray:
+        """Return the pieces (inverse.PIECE) of all copies of a document. Raises UserError if there is none."""
+        if not 0 <= document < self.data.documents:
+            raise UserError(f"document {document}: the data has the documents 0 .. {self.data.documents - 1}")
+        (places,) = self.inverse.places(np.array([document]))
+        begin, end = self.data.span(document)
+        return self.inverse.pieces(places, np.zeros_like(places), np.full_like(places, end - begin))
 
     def __getitem__(self, i: int) -> np.ndarray:
         return self.take(np.array([operator.index(i)]))[0]
@@ -339,10 +367,10 @@ class Order:
         if (wrong := (numbers < 0) | (numbers >= len(self))).any():  # negative numbers do not count from the end
             raise IndexError(f"row {numbers[wrong.argmax()]} of {len(self)}")
         doc_idx, sample_idx, shuffle_idx = self._maps
-        bounds = gather(sample_idx, gather(shuffle_idx, numbers, 1)[:, 0], 2)
+        bounds = gather(sample_idx, gather(shuffle_idx, numbers, 1), 2).reshape(-1, 2, 2)
         (first, begin), (last, end) = bounds[:, 0].T, bounds[:, 1].T  # [n] each
-        documents = [doc_idx[a : b + 1] for a, b in zip(first.tolist(), last.tolist())]
-        documents, lengths = np.concatenate(documents).astype(np.int64), last - first + 1  # in pieces
+        lengths = last - first + 1  # in pieces
+        documents = gather(doc_idx, first, lengths)
         begins, ends = self.data.spans(documents)
         offsets, lasts = np.zeros_like(begins), np.cumsum(lengths) - 1
         offsets[lasts - lengths + 1] = begin
@@ -377,6 +405,15 @@ class ShuffledRows:
         """Read the index, and raise UserError if it is not as it was when it was checked."""
         self.data.verify_index(label)
 
+    def find(self, document: int, *_, **__) -> NoReturn:
+        """Raise UserError: the rows are stored without the documents that they were made of."""
+        raise UserError(
+            f"{self.data.prefix}: pre-shuffled rows do not say which documents they were made of; --text and --tokens"
+            " search them. --document needs the documents: `python data.py fetch standard-documents`"
+        )
+
+    document_pieces = find
+
     def __getitem__(self, i: int) -> np.ndarray:
         return self.take(np.array([operator.index(i)]))[0]
 
@@ -399,3 +436,9 @@ def row_digests(batch: np.ndarray) -> np.ndarray:
 def digest(row_digests: np.ndarray) -> str:
     """Return the hex sha256 of a batch, from its row digests, so that each rank hashes only its own rows."""
     return hashlib.sha256(row_digests.tobytes()).hexdigest()
+
+
+def served_rows(rows: Rows, batch_size: int, steps: int | None = None) -> int:
+    """Return how many rows a run of `steps` steps serves; at most whole steps of those that there are."""
+    most = len(rows) // batch_size
+    return batch_size * (most if steps is None else min(steps, most))

@@ -502,3 +502,66 @@ def test_reader_that_closes_the_pipe(golden):
     os.close(run.stdout.detach().detach().fileno())
     assert run.stderr.read() == ""
     assert run.wait(timeout=60) == 0
+
+
+# find, count, index
+
+
+@pytest.fixture
+def words(tmp_path):
+    """A data set of three documents, and its order for --steps 4 --batch-size 2 --seq-len 8."""
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("ab cab", "cab cab ab", "x")))
+    data.prepare([tmp_path / "text.jsonl"], tmp_path / "words")
+    return data.open_rows(tmp_path / "words", data.requested_samples(4, 2), 8)
+
+
+ASKED = ("--data", "words", "--steps", "4", "--batch-size", "2", "--seq-len", "8")
+
+
+def test_find_prints_the_pieces_of_a_document(words, tmp_path):
+    run = run_data(tmp_path, "find", *ASKED, "--document", 1, "--json")
+    assert [json.loads(line) for line in run.stdout.splitlines()] == words.find(1, 2, 4) != []
+    run = run_data(tmp_path, "find", *ASKED, "--document", 1)
+    assert run.stdout.startswith("step ")
+    assert "copies in the order" in run.stderr
+
+
+def test_find_and_count_agree_with_the_rows(words, tmp_path):
+    """A text with and without a space before it; every row that has it whole."""
+    served = [words[i].tolist() for i in range(8)]
+    run = run_data(tmp_path, "find", *ASKED, "--text", "cab", "--json")
+    pieces = [piece for line in run.stdout.splitlines() if (piece := json.loads(line))["whole"]]
+    (ids,) = [[*map(int, run.stderr.split(": ")[1].split(";")[0].split("\n")[0].split(", "))]]
+    places = {(i // 2, i % 2, p) for i, row in enumerate(served) for p in range(9) if row[p : p + len(ids)] == ids}
+    assert {(piece["step"], piece["row"], piece["position"]) for piece in pieces} == places != set()
+    (tmp_path / "terms.txt").write_text("cab\nx\n")
+    run = run_data(tmp_path, "count", *ASKED, "--terms", "terms.txt", "--at", "2,4", "--json")
+    counted = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [(record["term"], record["step"]) for record in counted] == [("cab", 2), ("cab", 4), ("x", 2), ("x", 4)]
+    assert counted[1]["occurrences"] == len(places)
+    assert counted[1]["rows"] == len({place[:2] for place in places})
+
+
+def test_an_index_changes_no_answer(words, tmp_path):
+    pytest.importorskip("pydivsufsort")
+    before = run_data(tmp_path, "find", *ASKED, "--text", "ab", "--json")
+    run = run_data(tmp_path, "index", "--data", "words")
+    assert run.returncode == 0, run.stderr
+    after = run_data(tmp_path, "find", *ASKED, "--text", "ab", "--json")
+    assert (after.stdout, after.stderr) == (before.stdout, before.stderr)
+    assert after.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("find", "--document", "3"), "document 3: the data has the documents 0 .. 2"),
+        (("find", "--tokens", "1,a"), "--tokens 1,a: give whole numbers"),
+        (("find", "--tokens", "70000"), "70000 is no uint16"),
+        (("find", "--text", ""), "has no tokens"),
+        (("count", "--tokens", "1", "--at", "9"), "the run has the checkpoints 1 .. 4"),
+        (("count", "--terms", "nowhere.txt"), "nowhere.txt cannot be read"),
+    ],
+)
+def test_find_and_count_refuse_in_one_line(words, tmp_path, arguments, message):
+    assert_refused(run_data(tmp_path, arguments[0], *ASKED, *arguments[1:]), message)

@@ -48,7 +48,7 @@ print(json.dumps(texts))
 @pytest.fixture(scope="module")
 def help_of() -> dict[tuple[str, str], str]:
     """What `--help` prints, by (script or module, its subcommand). One process asks all: imports take seconds."""
-    names = [("train.py", ""), ("data.py", "prepare"), ("torch.distributed.run", "")]
+    names = [("train.py", ""), ("data.py", "prepare"), ("data.py", "find"), ("torch.distributed.run", "")]
     names = sorted({*names, *((name, sub) for page in PAGES for name, sub, _ in commands(page))})
     ask = [sys.executable, "-c", HELP, json.dumps(names)]
     run = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
@@ -71,7 +71,8 @@ def test_flags_exist(page, help_of):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_flags_without_a_command_exist(page, help_of):
     """`--bitwise` alone, as a sentence names it: a flag of train.py, data.py or torchrun."""
-    known = "".join(help_of[name] for name in (("train.py", ""), ("data.py", "prepare"), ("torch.distributed.run", "")))
+    asked = ("train.py", ""), ("data.py", "prepare"), ("data.py", "find"), ("torch.distributed.run", "")
+    known = "".join(help_of[name] for name in asked)
     known = known.replace("_", "-")
     flags = re.findall(r"`(--[a-z-]+)", page.read_text())
     assert [flag for flag in flags if not re.search(rf"{flag}(?![\w-])", known)] == []

@@ -107,7 +107,7 @@ def check_measured(world: int, shape: dict, cases: list, folder: Path, environme
     line = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", world]
     line += [folder / "steps.py", json.dumps(shape), json.dumps(cases)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=3600, env=environment)
+    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=7200, env=environment)
     assert done.returncode == 0, done.stderr
     config, wrong = replace(SIZES["14m"], **shape), []
     for case, peak in zip(cases, map(int, done.stdout.split()), strict=True):
