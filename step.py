@@ -96,6 +96,9 @@ class Step:
         self.graph = MicroStepGraph(self._micro_step) if use_graph else None
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=dist.device)
         self.weight = torch.ones((), device=dist.device)  # of one micro-batch in the loss of the step
+        self.micro_row_losses = torch.empty(0)  # [micro_batch], on the device: of the last micro-step
+        self.step_row_losses = torch.empty(0)  # [micro_steps, micro_batch], on the device
+        self.row_losses = torch.empty(0)  # the same on the CPU
         self.timer = StepTimer(dist.device)
         self.ends: deque[torch.cuda.Event] = deque()  # of the last two micro-steps, in long steps on a GPU
 
@@ -104,6 +107,9 @@ class Step:
     ) -> bool:
         """Accumulate loss and gradients (times loss_scale) of tokens [micro_steps, micro_batch, seq_len + 1].
 
+        row_losses, [micro_steps, micro_batch] float32 on the CPU, gets the mean loss of every row in nats. A GPU has
+        written it when the result of update can be read.
+
         go_on(micro-steps done, micro-steps) is called between two micro-steps of a long step; all ranks must get the
         same answer. False drops the step: weights and moments are as before it, no other step may follow, and the
         result is False. Otherwise the result is True.
@@ -111,10 +117,12 @@ class Step:
         self.micro_steps, self.loss_scale = len(tokens) * self.dist.world_size, loss_scale
         self.weight.fill_(loss_scale / self.micro_steps)
         self.loss_sum.zero_()
+        self._allocate_row_losses(tokens.shape[:2])
         self.timer.start()
         with self.cast_weights:
             for i, micro_batch in enumerate(tokens, start=1):
                 (self.graph or self._micro_step)(micro_batch, last=i == len(tokens))
+                self.step_row_losses[i - 1].copy_(self.micro_row_losses)
                 if go_on and i < len(tokens):
                     self._limit_lead()
                     if not go_on(i, len(tokens)):
@@ -122,12 +130,20 @@ class Step:
                         return False
         if self.graph:
             self.timer.lap()
+        self.row_losses.copy_(self.step_row_losses, non_blocking=True)
         return True
+
+    def _allocate_row_losses(self, shape: torch.Size) -> None:
+        """Allocate the memory of the row losses, once. A GPU copies to page-locked memory without a host sync."""
+        if self.row_losses.shape != shape:
+            self.step_row_losses = torch.empty(shape, device=self.loss_sum.device)
+            self.row_losses = torch.empty(shape, pin_memory=self.loss_sum.is_cuda)
 
     def _micro_step(self, tokens: Tensor, last: bool) -> None:
         """tokens [micro_batch, seq_len + 1]."""
         self.gradients.set_sync(last)
-        loss = self.model(tokens[:, :-1], tokens[:, 1:])
+        loss, losses = self.model(tokens[:, :-1], tokens[:, 1:], "both")  # losses: [micro_batch, seq_len]
+        self.micro_row_losses = losses.mean(dim=1)
         if last:
             self.timer.lap()  # from here on ranks wait for each other
         loss.backward(self.weight)

@@ -42,6 +42,7 @@ from runtime.errors import UserError, run_command
 from runtime.host import StopSignal, host_facts, reuse_freed_memory
 from runtime.metrics import Metrics, OldRecords, read_records
 from runtime.ranks import Dist, end_dist, init_dist, lost_contact
+from runtime.row_loss import RowLosses, check_row_losses
 from runtime.run_directory import (
     DAMAGE,
     check_same_run,
@@ -103,12 +104,12 @@ def run(s: Settings, dist: Dist, stack: ExitStack) -> int:
         announce_end(s, run_dir, start, dist)
         return 0
     read = partial(read_batch, s, rows, dist)
-    old = check_old_records(run_dir, start, parent, read, dist)  # before anything is written
+    old = check_old_records(s, run_dir, start, parent, read, dist)  # before anything is written
 
     trainer, updates, scaler = build(s, dist, checkpoint, verified=parent is None)
     record = announce_start(s, run_dir, fingerprint, parent, check_lock, start, stop, dist)
     stop_signal, watchdog = StopSignal(), stack.enter_context(Watchdog(dist, s.timeout))
-    log = StepLog(s, old, start, dist, stack)
+    log = StepLog(s, old, start, trainer, stack)
     saver = open_saver(s, rows, trainer, watchdog, record, [lambda step: check_lock(), log.check], stack)
 
     def save(step: int) -> None:
@@ -140,7 +141,7 @@ def run(s: Settings, dist: Dist, stack: ExitStack) -> int:
 
         # ---- everything below is logging and saving -------------------------------------------
         seconds = time.perf_counter() - began
-        own = stop_signal.requested, saver.failure is not None, data_seconds, trainer.compute_seconds()
+        own = stop_signal.requested, saver.failure is not None, data_seconds
         stopping, save_failed = log.record(step, batch, own, seconds, loss_scale, loss=loss, lr=lr, grad_norm=grad_norm)
         if save_failed:
             saver.finish()  # raises the error
@@ -248,19 +249,22 @@ def starting_point(s: Settings, run_dir: Path, fingerprint: dict, dist: Dist) ->
 
 
 def check_old_records(
-    run_dir: Path, start: int, parent: Parent | None, read: Callable[[int], np.ndarray], dist: Dist
+    s: Settings, run_dir: Path, start: int, parent: Parent | None, read: Callable[[int], np.ndarray], dist: Dist
 ) -> OldRecords | None:
     """The old records of metrics.jsonl, on the main rank. Their hashes show whether the data is still that of the run.
 
-    Raises UserError if records are missing or damaged, if the batch of the last step or of the next one is not the one
-    that the run had before, or if the next batch has a token outside the vocabulary. Nothing is written.
+    Raises UserError if records or row losses are missing or damaged, if the batch of the last step or of the next one
+    is not the one that the run had before, or if the next batch has a token outside the vocabulary. Nothing is written.
     """
 
     def read_old() -> OldRecords:
         stored = read_run(run_dir) if start and not parent else {"starts": []}
         first = parent.step if parent else stored.get("parent", {}).get("step", 0)
         starts = [entry["step"] for entry in stored["starts"]]
-        return read_records(run_dir / "metrics.jsonl", start, starts, first)
+        old = read_records(run_dir / "metrics.jsonl", start, starts, first)
+        if note := check_row_losses(run_dir / "row_loss.bin", start, s.batch_size, old.losses, first):
+            dist.print(note)
+        return old
 
     old = dist.run_on_main(read_old)
     for step in range(max(start - 1, 0), start + 1):
@@ -426,27 +430,32 @@ def suspects(step: int, loss: float, run_dir: Path) -> str:
 
 
 class StepLog:
-    """Gathers what the ranks measured in a step. The main rank writes it to RUN/metrics.jsonl and to the loggers."""
+    """Gathers what the ranks measured in a step. The main rank writes it to RUN/metrics.jsonl, RUN/row_loss.bin and the
+    loggers."""
 
-    def __init__(self, s: Settings, old: OldRecords | None, start: int, dist: Dist, stack: ExitStack):
-        self.dist, self.old, self.tokens_per_step = dist, old, s.batch_size * s.seq_len
-        self.flops_per_token, self.peak = SIZES[s.size].flops_per_token(s.seq_len), peak_flops(dist.device)
+    def __init__(self, s: Settings, old: OldRecords | None, start: int, trainer: Step, stack: ExitStack):
+        self.trainer, self.dist, self.old, self.tokens_per_step = trainer, trainer.dist, old, s.batch_size * s.seq_len
+        self.flops_per_token, self.peak = SIZES[s.size].flops_per_token(s.seq_len), peak_flops(self.dist.device)
         loggers = list(filter(None, s.log.split(",")))
         metrics = partial(Metrics, old, start, s.steps, loggers, asdict(s))
-        self.metrics = dist.run_on_main(lambda: stack.enter_context(metrics()))
-        self.profile_step = stack.enter_context(profiler(Path(s.out), start, s.profile, dist.rank))
+        row_losses = partial(RowLosses, Path(s.out) / "row_loss.bin", start, s.batch_size)
+        self.metrics = self.dist.run_on_main(lambda: stack.enter_context(metrics()))
+        self.row_losses = self.dist.run_on_main(lambda: stack.enter_context(row_losses()))
+        self.profile_step = stack.enter_context(profiler(Path(s.out), start, s.profile, self.dist.rank))
         self.failure: tuple[int, UserError] | None = None  # a step whose record could not be written, and why
         self.steps_are_long = True  # nothing is known of the first step
 
     def record(self, step: int, batch: Batch, own: tuple, seconds: float, loss_scale: float, **values: float) -> tuple:
-        """Record a step. `own` is this rank's (stop requested, save failed, data seconds, compute seconds).
+        """Record a step. `own` is this rank's (stop requested, save failed, data seconds).
 
         Returns (whether any rank was told to stop, whether any rank failed to save). If the record of an earlier step
         failed, raises that UserError on all ranks.
         """
-        own = torch.tensor([*own, self.failure is not None], dtype=torch.float64)
-        gathered = self.dist.all_gather(own)  # [world_size, 5]
-        stopping, save_failed, data_seconds, compute_seconds, log_failed = gathered.T
+        row_losses = self.trainer.row_losses  # [micro_steps, micro_batch]
+        own = torch.tensor([*own, self.trainer.compute_seconds(), self.failure is not None], dtype=torch.float64)
+        gathered = self.dist.all_gather(torch.cat((own, row_losses.flatten())))  # [world_size, 5 + rows of a rank]
+        stopping, save_failed, data_seconds, compute_seconds, log_failed = gathered[:, :5].T
+        losses = gathered[:, 5:].unflatten(1, row_losses.shape).transpose(0, 1)  # [micro_steps, ranks, micro_batch]
         digests = self.dist.all_gather(batch.digests)  # [world_size, micro_steps, micro_batch, 32]
         if log_failed.any():
             self.dist.run_on_main(lambda: self.check(step))
@@ -454,6 +463,7 @@ class StepLog:
         if self.metrics:
             tokens_per_s = self.tokens_per_step / seconds
             self._write(
+                losses.flatten().numpy(),
                 step=step,
                 **values,
                 tokens=(step + 1) * self.tokens_per_step,
@@ -468,11 +478,12 @@ class StepLog:
         self.profile_step()
         return bool(stopping.any()), bool(save_failed.any())
 
-    def _write(self, **values) -> None:
+    def _write(self, row_losses: np.ndarray, **values) -> None:
         """Write a record on the main rank. An error reaches all ranks in the next step, or when a step is saved."""
         try:
             self.old.check_batch(values["step"], values["batch_sha256"])
             self.metrics.record(**values)
+            self.row_losses.record(row_losses)
         except UserError as error:
             self.failure = values["step"], error
 
@@ -481,6 +492,7 @@ class StepLog:
         if self.failure and self.failure[0] < step:
             raise self.failure[1]
         self.metrics.sync()
+        self.row_losses.sync()
 
 
 def exit_status(others_were_told: bool) -> int:

@@ -206,14 +206,15 @@ def _add_matmul(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 @torch.library.custom_op("tripod::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, mean: bool, with_gradients: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The losses [tokens] or their mean, and the gradients of the sum of losses (empty without with_gradients)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The losses [tokens], their mean (empty without `mean`), and the gradients of the sum of losses (empty without
+    with_gradients)."""
     compute = linear_cross_entropy_by_kernel if triton_runs(hidden) else linear_cross_entropy_reference
     losses, d_hidden, d_weight = compute(hidden, weight, targets, with_gradients)
-    loss = losses.mean() if mean else losses
+    loss = losses.mean() if mean else losses.new_empty(0)
     if not with_gradients:
-        return loss, hidden.new_empty(0), weight.new_empty(0)
-    return loss, d_hidden, d_weight.to(weight.dtype)
+        return losses, loss, hidden.new_empty(0), weight.new_empty(0)
+    return losses, loss, d_hidden, d_weight.to(weight.dtype)
 
 
 @torch.library.custom_op("tripod::linear_cross_entropy_backward", mutates_args=())
@@ -228,23 +229,24 @@ def _linear_cross_entropy_backward(
 
 @_linear_cross_entropy.register_fake
 def _(hidden, weight, targets, mean, with_gradients):
-    loss = hidden.new_empty(() if mean else hidden.shape[:1], dtype=torch.promote_types(hidden.dtype, torch.float32))
-    return loss, *(torch.empty_like(x) if with_gradients else x.new_empty(0) for x in (hidden, weight))
+    losses = hidden.new_empty(hidden.shape[:1], dtype=torch.promote_types(hidden.dtype, torch.float32))
+    loss = losses.new_empty(() if mean else 0)
+    return losses, loss, *(torch.empty_like(x) if with_gradients else x.new_empty(0) for x in (hidden, weight))
 
 
-def _cross_entropy_setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _cross_entropy_setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.computed = inputs[-1]  # forward computed the gradients: for a mean, every token has the same incoming gradient
     ctx.set_materialize_grads(False)  # otherwise autograd allocates zero tensors for the unused outputs
-    ctx.save_for_backward(*(output[1:] if ctx.computed else inputs[:3]))
+    ctx.save_for_backward(*(output[2:] if ctx.computed else inputs[:3]))
 
 
 @torch.autograd.function.once_differentiable
-def _cross_entropy_gradients(ctx, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _cross_entropy_gradients(ctx, d_losses: Tensor, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.computed:
         d_hidden, d_weight = ctx.saved_tensors
         scale = d_loss / d_hidden.shape[0]
         return _scaled(d_hidden, scale), _scaled(d_weight, scale), None, None, None
-    return *_linear_cross_entropy_backward(*ctx.saved_tensors, d_loss), None, None, None
+    return *_linear_cross_entropy_backward(*ctx.saved_tensors, d_losses), None, None, None
 
 
 def _scaled(d: Tensor, scale: Tensor) -> Tensor:
@@ -258,12 +260,15 @@ _linear_cross_entropy_backward.register_fake(lambda h, w, *_: (torch.empty_like(
 _linear_cross_entropy.register_autograd(_cross_entropy_gradients, setup_context=_cross_entropy_setup_context)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean"
+) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy in nats of the logits hidden @ weight.T, which are never all held in memory.
 
     hidden [tokens, hidden], weight [vocab, hidden], targets [tokens] int64. Matmuls run in the dtype of hidden; a
-    float32 weight gets a gradient accumulated in float32. Returns a scalar (the mean over tokens) or, with reduction
-    "none", the loss of every token [tokens], in at least float32.
+    float32 weight gets a gradient accumulated in float32. Returns, in at least float32, a scalar (the mean over tokens)
+    or, with reduction "none", the loss of every token [tokens], or, with "both", the pair of them. Gradients of the
+    mean cost one pass over the logits, those of "none" two. So in "both" the losses of the tokens are without gradient.
 
     Raises ValueError if shapes, dtypes or devices do not fit. Targets must be ids of the vocabulary, and none is
     ignored. For another target the reference raises torch's error, and the kernel returns a loss of NaN.
@@ -273,14 +278,17 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduct
         raise ValueError(f"hidden must be [tokens, hidden] and weight [vocab, hidden], not {shapes}")
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets must be [{len(hidden)}] like the tokens of hidden, not {list(targets.shape)}")
-    if reduction not in ("mean", "none"):
-        raise ValueError(f'reduction must be "mean" or "none", not {reduction!r}')
+    if reduction not in ("mean", "none", "both"):
+        raise ValueError(f'reduction must be "mean", "none" or "both", not {reduction!r}')
     if not (hidden.is_floating_point() and weight.is_floating_point() and targets.dtype == torch.int64):
         dtypes = f"{hidden.dtype}, {weight.dtype} and {targets.dtype}"
         raise ValueError(f"hidden and weight must have a floating point dtype and targets int64, not {dtypes}")
     if not hidden.device == weight.device == targets.device:
         devices = f"{hidden.device}, {weight.device} and {targets.device}"
         raise ValueError(f"hidden, weight and targets must be on one device, not {devices}")
-    mean = reduction == "mean"
+    mean = reduction != "none"
     with_gradients = mean and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _linear_cross_entropy(hidden, weight, targets, mean, with_gradients)[0]
+    losses, loss, *_ = _linear_cross_entropy(hidden, weight, targets, mean, with_gradients)
+    if reduction == "both":
+        return loss, losses.detach()
+    return loss if mean else losses

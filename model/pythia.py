@@ -135,10 +135,11 @@ class Pythia(nn.Module):
         targets: Tensor | None = None,
         reduction: str = "mean",
         caches: list[KVCache] | None = None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [batch, seq, vocab] of tokens [batch, seq].
 
-        With targets [batch, seq]: the cross-entropy in nats instead, its mean, or [batch, seq] with reduction "none".
+        With targets [batch, seq]: the cross-entropy in nats instead, its mean, or [batch, seq] with reduction "none",
+        or with "both" the mean and, without gradient, [batch, seq].
         With caches, one a layer: tokens continue the sequence in the caches.
         """
         start = caches[0].length if caches else 0
@@ -156,6 +157,8 @@ class Pythia(nn.Module):
         if targets is None:
             return linear(x, self.unembed)
         loss = linear_cross_entropy(x.flatten(0, 1), self.unembed, targets.flatten(), reduction)
+        if reduction == "both":
+            return loss[0], loss[1].view(targets.shape)
         return loss if reduction == "mean" else loss.view(targets.shape)
 
     @torch.no_grad()

@@ -31,6 +31,7 @@ class OldRecords:
     path: Path
     end: int = 0  # bytes of the records to keep; what follows is written again
     batches: dict[int, str] = field(default_factory=dict)  # batch_sha256 of the last kept step and of all later ones
+    losses: dict[int, float] = field(default_factory=dict)  # of the kept steps, where it is finite
     note: str = ""  # what the user should know
 
     def check_batch(self, step: int, sha256: str) -> None:
@@ -60,7 +61,8 @@ def read_records(path: Path, start: int, starts: Collection[int], first: int = 0
                 if not line.endswith(b"\n") and len(line) < MAX_LINE:
                     break  # cut off when the run was killed
                 number += 1
-                step, batch = parse_record(line)
+                record = parse_record(line)
+                step, batch, loss = (record.get(key) for key in ("step", "batch_sha256", "loss"))
                 if step is None:
                     problem = "it is not a JSON object with a step"
                 elif following is None:
@@ -75,6 +77,8 @@ def read_records(path: Path, start: int, starts: Collection[int], first: int = 0
                 following = step + 1
                 if following <= start:
                     old.end += len(line)
+                    if type(loss) is float:
+                        old.losses[step] = loss
                 if following >= start and isinstance(batch, str):
                     old.batches[step] = batch
     except FileNotFoundError:
@@ -94,9 +98,9 @@ def recorded_batch(path: Path, step: int) -> str | None:
     try:
         with open_regular(path) as file:
             for line in iter(partial(file.readline, MAX_LINE), b""):
-                found, batch = parse_record(line)
-                if found == step and isinstance(batch, str):
-                    return batch
+                record = parse_record(line)
+                if record.get("step") == step and isinstance(record.get("batch_sha256"), str):
+                    return record["batch_sha256"]
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -104,14 +108,13 @@ def recorded_batch(path: Path, step: int) -> str | None:
     return None
 
 
-def parse_record(line: bytes) -> tuple[int | None, object]:
-    """Step and batch_sha256 of a record. The step is None if the line is no record."""
+def parse_record(line: bytes) -> dict:
+    """The record of a line, which has a step; {} if the line is no record."""
     try:
         record = json.loads(line.decode())
-        step = record["step"] if type(record["step"]) is int and record["step"] >= 0 else None
-        return step, record.get("batch_sha256")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return None, None
+        return record if type(record["step"]) is int and record["step"] >= 0 else {}
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return {}
 
 
 class Metrics(AbstractContextManager):

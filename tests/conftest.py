@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -91,11 +92,19 @@ def run(tiny, corpus, tmp_path):
         signal.signal(number, handler)
 
 
+def row_losses(run_directory: Path) -> np.ndarray:
+    """row_loss.bin: float32 [steps, batch]."""
+    batch = json.loads((run_directory / "run.json").read_text())["settings"]["batch_size"]
+    return np.fromfile(run_directory / "row_loss.bin", "<f4").reshape(-1, batch)
+
+
 def records(run_directory: Path) -> list[dict]:
-    """metrics.jsonl without the values that depend on the clock."""
+    """metrics.jsonl without the values that depend on the clock, and the row losses of every step."""
     lines = [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
     clock = ("seconds", "data_seconds", "compute_seconds", "tokens_per_s", "mfu")
-    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
+    rows = row_losses(run_directory).tolist()
+    kept = [{k: v for k, v in line.items() if k not in clock} for line in lines]
+    return [record | {"row_losses": rows[record["step"]]} for record in kept]
 
 
 @pytest.fixture(autouse=True)

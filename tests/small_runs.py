@@ -7,8 +7,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from conftest import row_losses
 from safetensors import safe_open
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +65,7 @@ def assert_same_training(ours: Path, one_rank: Path) -> None:
         assert a["batch_sha256"] == b["batch_sha256"]
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-6)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-6)
+    np.testing.assert_allclose(row_losses(ours), row_losses(one_rank), rtol=2e-6)
     files = [directory / "step0" / "model.safetensors" for directory in (ours, one_rank)]
     assert files[0].read_bytes() == files[1].read_bytes()
 
@@ -93,4 +96,5 @@ def assert_same_bits(a: Path, b: Path) -> None:
 
 def exact_records(directory: Path) -> list[tuple]:
     """What must be equal in every bit."""
-    return [(m["step"], m["loss"], m["grad_norm"], m["batch_sha256"]) for m in metrics(directory)]
+    rows = row_losses(directory)
+    return [(m["step"], m["loss"], m["grad_norm"], m["batch_sha256"], *rows[m["step"]]) for m in metrics(directory)]

@@ -200,6 +200,23 @@ def test_gradients_equal_those_of_autograd(dtype, recompute, device):
         assert torch.equal(ours.grad, theirs.grad), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_of_rows(dtype, device):
+    """The mean loss of every row before the update, as a forward pass with the same weights computes it."""
+    model, step = model_and_step(dtype, device)
+    for batch in tokens(4, device):
+        with torch.no_grad(), step.cast_weights:
+            expected = [model(rows[:, :-1], rows[:, 1:], "none").mean(dim=1) for rows in batch]
+        step.forward_backward(batch)
+        loss, _ = step.update(1e-2).tolist()
+        assert torch.equal(step.row_losses, torch.stack(expected).cpu())
+        assert step.row_losses.dtype == torch.float32
+        assert step.row_losses.double().mean().item() == pytest.approx(loss, rel=1e-6)
+    before = step.row_losses
+    step.forward_backward(batch)
+    assert step.row_losses is before  # allocated once
+
+
 def test_half_precision_copies_are_used_only_within_a_step(device, monkeypatch):
     model, step = model_and_step(torch.bfloat16, device)
     before, seen = dict(model.named_parameters()), []
@@ -277,7 +294,7 @@ def test_a_graph_changes_no_bit(dtype, device, chosen_kernels):
         facts = []
         for batch in tokens(6, device):
             step.forward_backward(batch, loss_scale=8.0)
-            facts.append(step.update(1e-2))
+            facts.append(torch.cat((step.update(1e-2).cpu(), step.row_losses.double().flatten())))
         results.append([torch.stack(facts), *state(model, step.optimizer)])
         if graph:
             assert step.graph.tokens is not None

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import records
+from conftest import records, row_losses
 from safetensors.torch import load_file
 
 import data
@@ -147,6 +147,57 @@ def test_more_checkpoints(flags, steps, run):
     assert records(directory) == records(run(out="plain"))
     run("--stop-at", "2", out="later")
     assert manifest.saved_steps(run(*flags, out="later")) == steps
+
+
+def test_row_losses_are_those_of_the_checkpoint_before_the_step(run, corpus):
+    """Row j of step t has the mean loss that checkpoint t gives this row; the mean over j is the loss of the step."""
+    directory = run("--save-every", "1", "--micro-batch", "2", "--lr", "0.01")
+    rows = data.open_rows(str(corpus), data.requested_samples(9, 4), 32, 1234)
+    losses = row_losses(directory)
+    assert losses.shape == (9, 4)
+    for step, record in enumerate(records(directory)):
+        model = load(directory / f"step{step}")
+        model.config = replace(model.config, gelu="tanh")
+        for block in model.blocks:
+            block.config = model.config
+        tokens = torch.from_numpy(data.batch(rows, step, 4)[0].astype(np.int64))
+        with torch.no_grad():
+            expected = model(tokens[:, :-1], tokens[:, 1:], "none").double().mean(dim=1)
+        np.testing.assert_allclose(losses[step], expected, rtol=1e-6)
+        assert losses[step].astype(float).mean() == pytest.approx(record["loss"], rel=1e-6)
+    assert (losses.max(axis=1) - losses.min(axis=1) > 1e-3).all()  # the order of the rows is tested
+
+
+@pytest.mark.parametrize("damage", ["shorter", "another value", "shifted"])
+def test_damaged_row_losses_are_kept(damage, run):
+    directory = run("--stop-at", "4")
+    path = directory / "row_loss.bin"
+    before = row_losses(directory).copy()
+    if damage == "another value":
+        before[2, 1] += 0.01
+    path.write_bytes({"shorter": before[:3], "shifted": np.roll(before, 1)}.get(damage, before).tobytes())
+    damaged = path.read_bytes()
+    reason = {"shorter": "it has 48 bytes, the checkpoint of step 4 needs 64"}.get(damage, r"the rows of step \d have")
+    with pytest.raises(UserError, match=rf"^{path}: {reason}.*; move the file away to go on without"):
+        run()
+    assert path.read_bytes() == damaged
+
+
+def test_row_losses_after_the_old_file_was_moved_away(run, capsys):
+    directory = run("--stop-at", "4")
+    (directory / "row_loss.bin").unlink()
+    run("--stop-at", "6")
+    assert "row_loss.bin is missing: the losses of the rows of steps 0 to 3 are not there" in capsys.readouterr().out
+    resumed, whole = row_losses(run()), row_losses(run(out="whole"))
+    assert np.isnan(resumed[:4]).all()
+    assert np.array_equal(resumed[4:], whole[4:])
+
+
+def test_row_losses_of_a_branch_begin_with_its_first_step(run, tmp_path):
+    parent = run("--keep-state", "9")
+    train.train(train.parse(["--branch", f"{parent}/step4", "--out", str(tmp_path / "new"), "--kernels", "torch"]))
+    assert np.isnan(row_losses(tmp_path / "new")[:4]).all()
+    assert np.array_equal(row_losses(tmp_path / "new")[4:], row_losses(parent)[4:])
 
 
 def test_micro_batches_add_up_to_the_batch(run):

@@ -163,7 +163,7 @@ def test_command(tmp_path):
 
 
 def test_warm(monkeypatch):
-    assert warm.small_step("14m", torch.device("cpu")) == pytest.approx(math.log(50_304), abs=0.5)
+    assert warm.small_step("14m", torch.device("cpu")) == pytest.approx(math.log(50_304), abs=1.5)  # 16 random tokens
     monkeypatch.setattr(sys, "argv", ["warm", "--size", "13m"])
     with pytest.raises(UserError, match="--size knows 14m"):
         warm.main()

@@ -229,6 +229,22 @@ def test_extreme_logits_give_finite_losses():
     assert losses.tolist() == [0.0, 300.0, 600.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mean_and_the_losses_of_all_tokens_at_once(dtype):
+    """The same bits as each alone. Only the mean has a gradient, that of "mean"."""
+    torch.manual_seed(0)
+    hidden = torch.randn(CHUNK + 5, 24).to(dtype).requires_grad_()
+    weight, targets = torch.randn(301, 24, requires_grad=True), torch.randint(0, 301, (CHUNK + 5,))
+    mean, losses = linear_cross_entropy(hidden, weight, targets, "both")
+    alone = linear_cross_entropy(hidden, weight, targets)
+    assert torch.equal(mean, alone)
+    assert torch.equal(losses, linear_cross_entropy(hidden, weight, targets, "none"))
+    assert losses.dtype == torch.float32
+    assert not losses.requires_grad
+    for ours, theirs in zip(*(torch.autograd.grad(loss, (hidden, weight)) for loss in (mean, alone))):
+        assert torch.equal(ours, theirs)
+
+
 def test_loss_without_gradient_and_a_second_backward():
     hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(16, 8)
     targets = torch.tensor([1, 2, 3, 4])
