@@ -317,26 +317,41 @@ class IndexedTokens:
 
     def _check(self, file: DataFile) -> tuple[int, int, int, str]:
         """Check every field in one pass, and store what was found. Returns tokens, shortest, longest and the sha256."""
-        index, digest = self.index_file, hashlib.sha256(file.read(0, HEADER.size))
-        sizes, tokens = np.empty(self.documents, "<i4"), 0
+        digest = hashlib.sha256(file.read(0, HEADER.size))
+        sizes = self._check_sizes(digest)
+        tokens = int(sizes.sum(dtype=np.int64))
+        self._check_length(tokens)
+        self._check_positions(sizes, digest)
+        self._check_marks(digest)
+        facts = tokens, int(sizes.min(initial=2**31 - 1)), int(sizes.max(initial=0)), digest.hexdigest()
+        if self.documents >= CHECKED_ONCE:
+            with suppress(OSError):
+                write_mark(Path(f"{self.index_file}.json"), [file], facts=facts)
+        return facts
+
+    def _check_sizes(self, digest) -> np.ndarray:
+        sizes = np.empty(self.documents, "<i4")
         for block in block_slices(self.documents, "checking sizes"):
             sizes[block] = part = self.sizes[block]
             digest.update(part)
             if part.min() < 0:
                 sequence = block.start + (part < 0).argmax()
-                raise UserError(f"{index}: sequence {sequence} has a negative size; damaged, fetch it again")
-            tokens += int(part.sum(dtype=np.int64))
-        self._check_length(tokens)
+                raise UserError(f"{self.index_file}: sequence {sequence} has a negative size; damaged, fetch it again")
+        return sizes
+
+    def _check_positions(self, sizes: np.ndarray, digest) -> None:
         begin = 0  # byte of the data set; the sizes fit the files, so nothing overflows
         for block in block_slices(self.documents, "checking positions"):
             lengths, positions = sizes[block].astype(np.int64) * self.dtype.itemsize, self._pointers[block]
             digest.update(positions)
             if (wrong := positions != begin + np.cumsum(lengths) - lengths).any():
-                sequence = block.start + wrong.argmax()
-                raise UserError(f"{index}: position of sequence {sequence} is not the sum of the sizes before it")
+                problem = f"position of sequence {block.start + wrong.argmax()} is not the sum of the sizes before it"
+                raise UserError(f"{self.index_file}: {problem}")
             begin += int(lengths.sum())
+
+    def _check_marks(self, digest) -> None:
         # The writer of the pre-shuffled data sets never ended a document, so they have only the first mark.
-        last = 0
+        index, last = self.index_file, 0
         for block in block_slices(self.marks, "checking document marks"):
             marks = self._marks[block]
             digest.update(marks)
@@ -348,11 +363,6 @@ class IndexedTokens:
                 mark = block.start + wrong.argmax()
                 raise UserError(f"{index}: document marks go backwards after {mark - 1}; damaged, fetch it again")
             last = marks[-1]
-        facts = tokens, int(sizes.min(initial=2**31 - 1)), int(sizes.max(initial=0)), digest.hexdigest()
-        if self.documents >= CHECKED_ONCE:
-            with suppress(OSError):
-                write_mark(Path(f"{index}.json"), [file], facts=facts)
-        return facts
 
     def _checked(self, file: DataFile) -> tuple[int, int, int, str] | None:
         """What `_check` returned when it was called for exactly this file, or None if it was not."""

@@ -312,7 +312,7 @@ def test_the_truth_equals_the_undamaged_reader(data_sets):
 
 
 def test_a_reader_that_does_not_check_positions_is_caught(data_sets, monkeypatch):
-    monkeypatch.setattr(IndexedTokens, "_check_positions", lambda self: None)
+    monkeypatch.setattr(IndexedTokens, "_check_positions", lambda *_: None)
     assert campaign(data_sets, 300, 2, "broken").counts["wrong"] > 0
 
 
