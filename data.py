@@ -31,6 +31,7 @@ from corpus.prepare import DEMO_PREFIX, demo, prepare
 from corpus.search import add_count_arguments, add_find_arguments, count, find
 from corpus.suffix_index import add_index_arguments, build_index
 from corpus.tokenizer import load_tokenizer, tokenizer_errors
+from corpus.verify_order import compare
 from runtime.errors import Parser, UserError, printable, run_command
 from runtime.files import atomic_write, reason
 from runtime.metrics import recorded_batch
@@ -409,6 +410,19 @@ def run_index(args: argparse.Namespace) -> None:
     build_index(open_tokens(args.data)[0], args.shard)
 
 
+def run_verify_order(args: argparse.Namespace) -> None:
+    """Compare the order of PREFIX.idx, without tokens, with the one that EleutherAI published for Pythia and for other
+    seeds. Only hashes travel. The exit status is 1 if they differ."""
+    note = take_settings(args)
+    samples = requested_samples(args.steps, args.batch_size)
+    order = Order(IndexedTokens(locate(args.data), with_tokens=False), samples, args.seq_len, args.seed)
+    if problems := compare(order, samples, args.seed):
+        print(printable("\n".join(problems)))
+        raise SystemExit(1)
+    print(printable(f"{args.data}.idx gives the published order: sha256 {order.sha256}"))
+    print(note, file=sys.stderr, end="\n" * bool(note))
+
+
 def print_rows(args: argparse.Namespace, rows: Rows, tokens: np.ndarray, chosen: list[int]) -> None:
     """Print the chosen rows of a step, tokens [len(chosen), seq_len + 1], as text if a tokenizer knows their ids."""
     file = args.tokenizer or find_tokenizer(args.data)
@@ -446,9 +460,11 @@ def export(array: np.ndarray, path: Path) -> None:
     print(printable(f"{path}: {array.dtype.name} {[*array.shape]}"))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = Parser(prog="data.py", description="Prepare, describe and show training data.")
-    commands = parser.add_subparsers(required=True, metavar="prepare | fetch | info | view | find | count | index")
+    commands = parser.add_subparsers(
+        required=True, metavar="prepare | fetch | info | view | find | count | index | ..."
+    )
 
     def add(name: str, run, example: str) -> Parser:
         text, example = run.__doc__, f"example: python data.py {name} {example}"
@@ -472,7 +488,8 @@ def main() -> None:
     add_find_arguments(finder := add("find", run_find, '--run runs/pythia-14m --text "def main("'))
     add_count_arguments(counter := add("count", run_count, "--run runs/pythia-14m --terms terms.txt --at 10,20,60"))
     add_index_arguments(add("index", run_index, "--data corpora/mine"))
-    for command in (info, view, finder, counter):
+    published = add("verify-order", run_verify_order, "--data pile/standard-documents/pile_20B_tokenizer_text_document")
+    for command in (info, view, finder, counter, published):
         command.add_argument("--run", metavar="RUN", help="take all settings from this run; view checks its rows")
         command.add_argument("--demo", action="store_true", help="the rows of `train.py --demo`")
         command.add_argument("--data", help="prefix, pre-shuffled directory, or `demo` (default: demo)")
@@ -491,7 +508,7 @@ def main() -> None:
     view.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json (default: the one beside the data)")
     view.add_argument("--export", metavar="FILE.npy", help="write tokens [rows, seq_len + 1] instead (Pythia: uint16)")
 
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     args.command(args)
 
 

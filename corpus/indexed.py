@@ -265,12 +265,13 @@ class IndexedTokens:
     files      paths of PREFIX.bin or its shards
     """
 
-    def __init__(self, prefix: str | Path):
+    def __init__(self, prefix: str | Path, with_tokens: bool = True):
+        """with_tokens=False: only the index is needed. Then no token can be read."""
         self.prefix, self.index_file = Path(prefix), Path(f"{prefix}.idx")
         index = DataFile(self.index_file)
         self._read_header(index)
         sizes = recorded_shards(self.prefix)
-        self.files, self._hint = ([*sizes], "") if sizes else bin_files(self.prefix)
+        self.files, self._hint = ([*sizes], "") if sizes or not with_tokens else bin_files(self.prefix)
         absent = {path for path in sizes if not os.path.lexists(path)}
         self.shards = [AbsentShard(path, sizes[path]) if path in absent else DataFile(path) for path in self.files]
         # first byte of each shard in the data set, and the end
@@ -308,7 +309,7 @@ class IndexedTokens:
 
     def _check_length(self, tokens: int) -> None:
         width = self.dtype.itemsize
-        if excess := self._starts[-1] - tokens * width:
+        if self.files and (excess := self._starts[-1] - tokens * width):
             problem = (
                 f"{excess} bytes too long" if excess > 0 else f"truncated, {-excess} bytes are missing{self._hint}"
             )

@@ -12,7 +12,7 @@ from bench import picture
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMAND = re.compile(r"(?:-m )?\b(bench\.\w+|\w+\.py)((?: [a-z]+\b)?)(.*)")
+COMMAND = re.compile(r"(?:-m )?\b(bench\.\w+|\w+\.py)((?: [a-z]+(?:-[a-z]+)*\b)?)(.*)")
 
 
 def paths(page: Path) -> set[str]:
