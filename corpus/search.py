@@ -294,8 +294,8 @@ def find(args: argparse.Namespace, rows: Rows, tokenizer: object) -> None:
     if not seen.any():
         return print("it occurs nowhere in the data", file=sys.stderr)
     what = "occurrences" if args.document is None else "copies in the order"
-    served = f"{whole + cut:,} served, {cut:,} of them cut by a row's end"
-    print(f"{whole + cut + never:,} {what}: {served}; {never:,} never served", file=sys.stderr)
+    served = f"served: {whole + cut:,}, of which {cut:,} cut by a row's end"
+    print(f"{what}: {whole + cut + never:,}; {served}; never served: {never:,}", file=sys.stderr)
 
 
 def asked_pieces(args: argparse.Namespace, rows: Rows, tokenizer: object) -> Iterator[tuple[int, np.ndarray]]:
