@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import fake_streams
 import numpy as np
 import pytest
 import torch
@@ -53,6 +54,12 @@ def triton_kernels(monkeypatch) -> Iterator[None]:
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def streams(monkeypatch) -> list:
+    """The log of a fake torch.cuda: see fake_streams.py."""
+    return fake_streams.install(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -846,6 +846,32 @@ measured("export", huggingface.save)(model, Path(sys.argv[1]) / "export", torch.
 """
 
 
+def test_the_order_of_copies_and_waits_on_a_gpu(streams, tmp_path, monkeypatch):
+    """Weights are copied after the update that made them, and the next update waits until they are copied."""
+    (saver,) = Trainee(steps=1).savers(tmp_path)
+    saver.stream = torch.cuda.Stream()
+    monkeypatch.setattr(saver, "_pin", lambda memory: streams.append(("pin",)))
+    copy = torch.Tensor.copy_
+
+    def logged(self, source, non_blocking=False):
+        if non_blocking:
+            streams.append(("copy", torch.cuda.current_stream().name))
+        return copy(self, source)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", logged)
+    saver.save(1, COUNTERS)
+    saver.wait_for_snapshot()
+    saver.finish()
+    asked = list(dict.fromkeys(streams))  # each kind once, in the order of the first
+    assert asked.index(("wait", "copies", "main")) == 0
+    assert asked.index(("pin",)) == 1
+    assert asked.index(("copy", "copies")) == 2
+    assert {*asked[3:]} == {("wait", "main", "copies"), ("synchronize", "copies")}
+    last_copy = len(streams) - 1 - streams[::-1].index(("copy", "copies"))
+    assert streams.index(("wait", "main", "copies")) > last_copy  # the host queues the wait behind all copies
+    assert streams.index(("synchronize", "copies")) > last_copy  # before the file is written
+
+
 @pytest.mark.parametrize("refused", [False, True])
 def test_page_locking(refused, tmp_path, monkeypatch, capfd):
     """Memory that is page-locked is released with its saver. A system that refuses it does not stop a run."""

@@ -55,3 +55,30 @@ def test_damage_that_is_found_in_the_background_is_raised_by_the_next_check():
         thread.join(60)
     with pytest.raises(UserError, match="damaged"):
         check(4)
+
+
+def test_the_order_of_copies_and_waits_on_a_gpu(streams, monkeypatch):
+    """Copies run on a stream of their own. The stream that computes waits for them, and holds on to their memory."""
+
+    class Tokens:
+        """A tensor that logs on which stream it is copied and used."""
+
+        def pin_memory(self) -> "Tokens":  # a copy from memory that is not page-locked would stop the host
+            streams.append(("pin",))
+            return self
+
+        def to(self, device, non_blocking: bool) -> "Tokens":
+            assert non_blocking
+            streams.append(("copy", torch.cuda.current_stream().name))
+            return self
+
+        def record_stream(self, stream) -> None:
+            streams.append(("hold", stream.name))
+
+    from_numpy = torch.from_numpy
+    monkeypatch.setattr(torch, "from_numpy", lambda x: Tokens() if x.dtype == np.int64 else from_numpy(x))
+    rows = np.zeros((1, 1, 5), np.uint16)
+    with Loader(lambda step: rows, 0, 1, SimpleNamespace(type="cuda")) as loader:
+        loader.next()
+    copied = [("pin",), ("copy", "copies"), ("record", "copies")]
+    assert streams == [*copied, ("wait", "main", "event"), ("hold", "main")]
