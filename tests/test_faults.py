@@ -288,8 +288,8 @@ def test_the_loss_of_one_rank_is_not_finite(rank, launch, undisturbed):
     fault = f"""
 forward, calls = train.Pythia.forward, iter(range(1000))
 def broken(*args):
-    loss = forward(*args)
-    return loss * float("nan") if next(calls) == 3 and rank == {rank} else loss
+    loss, losses = forward(*args)
+    return (loss * float("nan") if next(calls) == 3 and rank == {rank} else loss), losses
 train.Pythia.forward = broken
 """
     trainer = launch(f"nan-{rank}", world=2, fault=fault)
