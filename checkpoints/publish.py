@@ -56,8 +56,8 @@ checksum of every file and tensor.
     # Tripod: every byte is compared with its checksum
     python checkpoint.py fetch {repo} --steps {step}
 
-    # lm-evaluation-harness
-    lm_eval --model hf --model_args pretrained={repo},revision=step{step} --tasks lambada_openai
+    # lm-evaluation-harness; its logits_cache scores some tasks wrongly
+    lm_eval --model hf --model_args pretrained={repo},revision=step{step},logits_cache=False --tasks lambada_openai
 
     # huggingface_hub
     hf download {repo} --revision step{step}
