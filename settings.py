@@ -17,7 +17,7 @@ import data
 from checkpoints.branch import inherited_settings
 from data import DEFAULTS
 from kernels import backend
-from model import SIZES
+from model import SIZES, SUITE
 from model.sizes import parse_steps
 from parallel.fsdp import SHARD
 from parallel.recompute import RECOMPUTE
@@ -46,7 +46,13 @@ def setting(default, help: str, fixed: bool = True, **options):
 class Settings:
     """Every setting of a run. The command line and run.json are made from this class."""
 
-    size: str = setting("", "which Pythia", choices=list(SIZES), type=size_name, required=True)
+    size: str = setting(
+        "",
+        "which Pythia; nano is a small one for tests and examples",
+        choices=list(SIZES),
+        type=size_name,
+        required=True,
+    )
     data: str = setting("", "PREFIX of a .bin/.idx, directory of pre-shuffled rows, or `demo`", False)
     out: str = setting("", "run directory (default: runs/pythia-SIZE)", False)
     demo: bool = setting(False, "a run of about two minutes on a laptop: demo data, few steps, small batch", False)
@@ -164,7 +170,7 @@ def default_precision(s: Settings, on_gpus: bool) -> str:
 
 def precision_text(s: Settings) -> str:
     """The precision of a run for its first line, which says so if Pythia was trained in another one."""
-    published = SIZES[s.size].precision
+    published = SIZES[s.size].precision if s.size in SUITE else s.precision
     return s.precision if s.precision == published else f"{s.precision} (published: {published})"
 
 

@@ -33,7 +33,7 @@ from bench.ceilings import machine, matmul_ceiling
 from bench.peers import PACKAGES, obstacle
 from bench.report import shape_of, step_table
 from bench.timing import disturbed, flush_of
-from model import SIZES
+from model import SUITE
 from parallel.recompute import RECOMPUTE
 from plan.time import peak_flops
 from runtime.errors import Parser, UserError, run_command
@@ -48,7 +48,7 @@ def parse(arguments: list[str]) -> Namespace:
     gpu = torch.cuda.is_available()
     parser = Parser(prog="bench.step", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--size", choices=list(SIZES), default="160m" if gpu else "14m", help="(default: 160m; on a CPU 14m)")
+    add("--size", choices=list(SUITE), default="160m" if gpu else "14m", help="(default: 160m; on a CPU 14m)")
     add("--against", default=",".join(PACKAGES), metavar="NAMES", help=f"peers: {', '.join(PACKAGES)} (default: all)")
     add("--batch", type=int, default=8 if gpu else 4, metavar="N", help="rows of a micro-step (default: 8; on a CPU 4)")
     add("--micro-steps", type=int, default=1, metavar="N", help="of a step; train.py has 128 on one GPU (default: 1)")

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from bench.arm import ROOT, random_model
-from model import SIZES
+from model import SIZES, SUITE
 from parallel.gradients import Gradients
 from runtime.errors import Parser, UserError, run_command
 from runtime.ranks import Dist
@@ -36,7 +36,7 @@ def small_step(size: str, device: torch.device) -> float:
 
 def main() -> None:
     parser = Parser(prog="bench.warm", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--size", default=",".join(SIZES), metavar="NAMES", help="sizes, as 14m,70m (default: all)")
+    parser.add_argument("--size", default=",".join(SUITE), metavar="NAMES", help="sizes, as 14m,70m (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the sizes and the seconds taken to this file")
     parser.add_argument("--here", action="store_true", help=SUPPRESS)  # this process makes the step itself
     s = parser.parse_args(sys.argv[1:])

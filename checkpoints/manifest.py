@@ -15,8 +15,10 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
+from model.sizes import parse_steps
 from runtime.errors import UserError
 from runtime.files import READ_ERRORS, naming, reason
 from runtime.manifests import checksums, read_manifest, saved_steps, write_manifest
@@ -37,6 +39,22 @@ def read_checkpoint(directory: Path) -> dict:
 
 
 # The checkpoints of a run
+
+
+def choose_steps(text: str, present: Collection[int], lacks: str) -> list[int]:
+    """The steps of --steps, ascending: "all", "final" (the last), or a list such as 0,512,1000:143000:10000.
+
+    Raises UserError if one is not present; the message begins with `lacks`, for example "runs/a has no".
+    """
+    if text in ("all", "final"):
+        return sorted(present) if text == "all" else [max(present)]
+    try:
+        steps = sorted(parse_steps(text, max(present)))
+    except ValueError as error:
+        raise UserError(f"--steps {text}: {error}") from None
+    if missing := [step for step in steps if step not in present]:
+        raise UserError(f"{lacks} step{missing[0]}" + f", one of {len(missing)} that are missing" * (len(missing) > 1))
+    return steps
 
 
 def steps_with_state(run: Path, count_damaged: bool = True) -> list[int]:

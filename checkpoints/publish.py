@@ -10,9 +10,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from checkpoints.manifest import read_checkpoint, verify_checkpoint
+from checkpoints.manifest import choose_steps, read_checkpoint, verify_checkpoint
 from model.huggingface import read_config
-from model.sizes import Config, parse_steps
+from model.sizes import Config
 from runtime.errors import UserError, printable
 from runtime.files import open_regular, reason
 from runtime.hub import branches, upload
@@ -86,12 +86,7 @@ def publish(run: Path, repo: str, steps: str, private: bool, dry_run: bool) -> N
     record, present = read_run(run, "publish needs the directory of a run"), saved_steps(run)
     if not present:
         raise UserError(f"{run} has no checkpoints")
-    try:
-        chosen = present if steps == "all" else sorted(parse_steps(steps, present[-1]))
-    except ValueError as error:
-        raise UserError(f"--steps {steps}: {error}") from None
-    if missing := [step for step in chosen if step not in present]:
-        raise UserError(f"{run} has no checkpoint step{missing[0]}")
+    chosen = choose_steps(steps, present, f"{run} has no checkpoint")
     for step in tqdm(chosen, desc="verifying", unit="checkpoint", disable=None):
         if errors := verify_checkpoint(run / f"step{step}"):
             raise UserError(f"{errors[0]}; nothing was uploaded")

@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from model import SIZES, Pythia
+from checkpoints.manifest import choose_steps
+from model import SUITE, Pythia
 from model.huggingface import read_config, read_weights, weight_files
 from model.neox import convert_neox
-from model.sizes import is_published_step, parse_steps
+from model.sizes import is_published_step
 from model.torch_weights import TORCH_WEIGHTS, convert_torch_files
 from runtime.errors import UserError, printable
 from runtime.files import READ_ERRORS, reason
@@ -30,8 +31,8 @@ WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin
 
 SEEDED = ("14m", "31m", "70m", "160m", "410m")  # PolyPythias
 NAMES = (
-    [f"pythia-{size}" for size in SIZES]
-    + [f"pythia-{size}-deduped" for size in SIZES if size != "31m"]
+    [f"pythia-{size}" for size in SUITE]
+    + [f"pythia-{size}-deduped" for size in SUITE if size != "31m"]
     + [f"pythia-{size}-seed{seed}" for size in SEEDED for seed in range(1, 10)]
     + [f"pythia-160m-{kind}-seed{seed}" for kind in ("data", "weight") for seed in (1, 2, 3)]
 )
@@ -58,7 +59,7 @@ def repository(name: str, seed: int | None = None) -> str:
     name = f"pythia-{name.removeprefix('pythia-')}" + (f"-seed{seed}" if seed not in (None, 1234) else "")
     if name not in NAMES:
         near = difflib.get_close_matches(name, NAMES, 3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"the sizes are {', '.join(SIZES)}"
+        hint = f"did you mean {' or '.join(near)}?" if near else f"the sizes are {', '.join(SUITE)}"
         raise UserError(f"there is no {name}; {hint} Another repository is given as OWNER/NAME")
     return f"{OWNER}/{name}"
 
@@ -85,19 +86,6 @@ def steps_and_branches(repo: str) -> dict[int, str]:
     return dict(sorted(steps.items()))
 
 
-def choose(repo: str, text: str, known: dict[int, str]) -> list[int]:
-    """The steps of --steps: "final", "all", or a list such as 0,512,1000:143000:1000. Raises UserError."""
-    if text in ("all", "final"):
-        return list(known) if text == "all" else [max(known)]
-    try:
-        steps = sorted(parse_steps(text, max(known)))
-    except ValueError as error:
-        raise UserError(f"--steps {text}: {error}") from None
-    if missing := [step for step in steps if step not in known]:
-        raise UserError(f"{repo} has no branch step{missing[0]}, one of {len(missing)} that are missing")
-    return steps
-
-
 def fetch(repo: str, steps: str, out: Path) -> None:
     """Download revisions of a repository as out/stepN, each verified and with a manifest. Raises UserError.
 
@@ -106,7 +94,7 @@ def fetch(repo: str, steps: str, out: Path) -> None:
     if (out / "run.json").exists():
         raise UserError(f"{out} is a run that was trained here: choose another --out")
     known = steps_and_branches(repo)
-    chosen = choose(repo, steps, known)
+    chosen = choose_steps(steps, known, f"{repo} has no branch")
     for line in warnings(repo, chosen):
         tqdm.write(line)
     revisions = {step: resolve(repo, known[step]) for step in tqdm(chosen, desc="asking", unit="step", disable=None)}

@@ -9,4 +9,4 @@ if Path(find_spec("kernels").origin).resolve().parents[1] != _root:
     raise ImportError(f"`import kernels` finds {find_spec('kernels').origin}, not ours: run from {_root}")
 
 from model.pythia import KVCache, Pythia  # noqa: E402
-from model.sizes import SIZES, Config  # noqa: E402
+from model.sizes import SIZES, SUITE, Config  # noqa: E402

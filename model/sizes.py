@@ -1,7 +1,8 @@
 """The Pythia suite as one table: the shape of every model, its training recipe, and the steps of its checkpoints.
 
 The paper (Biderman et al. 2023, arXiv:2304.01373), the published configuration files and the models disagree in places.
-The table has what the models were really trained with; the column `paper` has what the paper says.
+The table has what the models were really trained with; the column `paper` has what the paper says. One more size,
+nano, is none of the suite.
 """
 
 import re
@@ -85,7 +86,12 @@ _TABLE = (
     Config("6.9b", layers=32, hidden=4096, heads=32, vocab=50_432, lr=1.2e-4, init="normal", paper=_LARGE_INIT),
     Config("12b", layers=36, hidden=5120, heads=40, vocab=50_688, lr=1.2e-4, init="normal", paper=_LARGE_INIT),
 )
-SIZES: dict[str, Config] = {config.name: config for config in _TABLE}
+SUITE: dict[str, Config] = {config.name: config for config in _TABLE}
+
+# None of the suite: a model for examples and tests, which a laptop trains in a minute. Its vocabulary has room for the
+# 245 ids of corpus.tokenizer.byte_tokenizer. With 50,304 logits almost all the time would go into the unembedding.
+NANO = Config("nano", layers=2, hidden=128, heads=4, vocab=256, precision="bf16")
+SIZES: dict[str, Config] = SUITE | {NANO.name: NANO}
 
 
 def is_published_step(step: int, last: int) -> bool:

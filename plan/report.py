@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
 
-from model import SIZES
+from model import SUITE
 from plan import memory
 from plan.memory import GPUS_PER_NODE, RECOMPUTED_ACTIVATIONS, Job, choose_shard, total_memory, variants
 from plan.time import GPUS, fastest, known_rates, step_seconds
@@ -166,7 +166,7 @@ def _days(job: Job, steps: int, machine: Machine) -> list[str]:
         f"  {'--size':<8}{'--shard':<9}{'--recompute':<13}{'--micro-batch':<15}{'GB a rank':>9}{'days':>9}"
         f"{'GPU-hours':>12}   matmul rate",
     ]
-    for name, config in SIZES.items():
+    for name, config in SUITE.items():
         rates, files = known_rates(config, job.precision, machine.gpu)
         if not (best := fastest(opened(replace(job, config=config)), GPUS[machine.gpu].memory, rates)):
             lines.append(f"  {name:<8}nothing fits")

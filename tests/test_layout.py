@@ -93,6 +93,8 @@ OPTIONAL = (
     "pytest_benchmark",
     "wandb",
     "tensorboard",
+    "pyarrow",
+    "scipy",
 )
 
 

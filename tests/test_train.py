@@ -31,7 +31,7 @@ from checkpoint import verify
 from checkpoints import manifest
 from checkpoints.save import Saver
 from corpus.order import Order
-from model import SIZES, Pythia
+from model import SIZES, SUITE, Pythia
 from model.huggingface import load, save
 from parallel import gradients
 from plan.memory import total_memory
@@ -261,7 +261,7 @@ def test_default_precision_on_a_cpu(fast, monkeypatch):
     assert train.parse(["--size", "14m", "--demo", "--precision", "fp16"]).precision == "fp16"
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", SUITE)
 def test_default_precision_on_gpus_is_the_published_one(size, monkeypatch):
     published = "bf16" if size == "1b" else "fp16"
     assert train.parse(["--size", size, "--plan"]).precision == published

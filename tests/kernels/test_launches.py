@@ -9,7 +9,7 @@ from dataclasses import asdict
 import pytest
 
 from kernels.cross_entropy import triton_chunk
-from model import SIZES
+from model import SUITE
 from tests.kernels import cubins
 from tests.kernels.cubins import ARCHES
 from tests.kernels.launches import Case, Launch, record
@@ -24,10 +24,10 @@ ONLY_OFFSETS = {"HEADS", "FFN"}
 # Arguments whose alignment changes no load and no store: one number is read from the pointer, or it bounds a loop.
 ANY_ALIGNMENT = {"targets_ptr", "rows_per_program"}
 
-TRAINING = [Case(size, arch, cast=cast) for size in SIZES for arch in ARCHES for cast in (False, True)]
+TRAINING = [Case(size, arch, cast=cast) for size in SUITE for arch in ARCHES for cast in (False, True)]
 SHAPES = [  # every size: rows of other lengths, one row, unaligned tensors, the largest micro-batch, and float32
     Case(size, 90, batch, seq, dtype, misaligned=misaligned)
-    for size in SIZES
+    for size in SUITE
     for batch, seq, dtype, misaligned in (
         (1, 2048, "float16", False),
         (2, 1999, "float16", True),
@@ -85,7 +85,7 @@ def specialisation(kernel: str, signature: dict, constants: dict, num_warps: int
     return (kernel, tuple(sorted(values.items())), num_warps, num_stages), set(types.items())
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", SUITE)
 def test_no_launch_breaks_a_rule_of_cuda(size, launched):
     for case in (case for case in CASES if case.size == size):
         found = launched[case]
@@ -115,7 +115,7 @@ def test_launches_of_a_layer(launched):
     assert len(three) - len(two) == 9
     assert sum(len(x.descriptors) for x in three) - sum(len(x.descriptors) for x in two) == 12
     losses = [launch for launch in two if "cross_entropy" in launch.kernel]
-    assert len(losses) == 8 * 2048 // triton_chunk(SIZES["160m"].hidden)
+    assert len(losses) == 8 * 2048 // triton_chunk(SUITE["160m"].hidden)
 
 
 GOOD = {"base": 4096, "itemsize": 2, "shape": [8, 2048, 2304], "strides": [2048 * 2304, 2304, 1], "block": [1, 128, 64]}

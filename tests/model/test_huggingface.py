@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from corpus.tokenizer import byte_tokenizer
-from model import SIZES, Pythia, huggingface
+from model import SIZES, SUITE, Pythia, huggingface
 from model.huggingface import huggingface_name, load, read_config, save
 from runtime.errors import UserError
 
@@ -288,7 +288,7 @@ def test_the_head_of_transformers_5(micro):
     same_weights(load(micro), before)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", SUITE)
 @pytest.mark.parametrize("act", ["gelu", "gelu_pytorch_tanh"])
 def test_published_shapes_keep_their_recipe(tmp_path, size, act):
     """The expected values are listed here: layers, hidden, heads, vocab, learning rate, initialization, precision."""

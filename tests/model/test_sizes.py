@@ -3,9 +3,13 @@
 import pytest
 import torch
 
-from model import SIZES, Pythia
+from checkpoints.published import repository
+from corpus.tokenizer import byte_tokenizer
+from kernels.attention import CHUNKS
+from model import SIZES, SUITE, Pythia
 from model.pythia import init_std
 from model.sizes import parse_steps
+from runtime.errors import UserError
 
 PUBLISHED = {  # all parameters and those without embeddings, from the model cards; tensors of a Hugging Face file
     "14m": (14_067_712, 1_189_888, 76),
@@ -43,16 +47,16 @@ ROTARY = {
     "6.9b": 32,
     "12b": 32,
 }
-PEAK_LR = dict(zip(SIZES, (1e-3, 1e-3, 1e-3, 6e-4, 3e-4, 2.5e-4, 2e-4, 1.6e-4, 1.2e-4, 1.2e-4)))
+PEAK_LR = dict(zip(SUITE, (1e-3, 1e-3, 1e-3, 6e-4, 3e-4, 2.5e-4, 2e-4, 1.6e-4, 1.2e-4, 1.2e-4)))
 
 
 def test_the_suite_is_complete():
-    assert list(SIZES) == list(PUBLISHED)
+    assert list(SUITE) == list(PUBLISHED)
     assert [SIZES[name].vocab for name in ("2.8b", "6.9b", "12b")] == [50_304, 50_432, 50_688]
-    assert [name for name, config in SIZES.items() if config.precision == "bf16"] == ["1b"]
+    assert [name for name, config in SUITE.items() if config.precision == "bf16"] == ["1b"]
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", SUITE)
 def test_published_numbers(name):
     config = SIZES[name]
     with torch.device("meta"):  # nothing is allocated
@@ -64,6 +68,16 @@ def test_published_numbers(name):
     assert config.lr == PEAK_LR[name]
     assert round(init_std(config, "blocks.0.qkv.weight"), 6) == STD[name][0]
     assert round(init_std(config, "blocks.0.mlp_out.weight"), 6) == STD[name][1]
+
+
+def test_nano_is_none_of_the_suite():
+    assert list(SIZES) == [*SUITE, "nano"]
+    nano = SIZES["nano"]
+    assert sum(p.numel() for p in Pythia(nano).parameters()) == nano.parameters < 1_000_000
+    assert nano.vocab >= byte_tokenizer().get_vocab_size()
+    assert nano.head_dim in CHUNKS
+    with pytest.raises(UserError, match="there is no pythia-nano"):
+        repository("nano")
 
 
 def test_flops_of_an_a100_run():

@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 
 import train
-from model import SIZES
+from model import SIZES, SUITE
 from plan import time
 from plan.memory import RECOMPUTED_ACTIVATIONS, Job, choose_shard, total_memory
 from plan.report import details, parse_machine, summary
@@ -112,7 +112,7 @@ def table(lines: list[str], title: str) -> list[list[str]]:
 def test_numbers_of_the_table_of_days_belong_together():
     lines = details_of("12b", "8x4090")
     rows = table(lines, "All sizes on 8x4090")
-    assert [row[0] for row in rows] == list(SIZES)
+    assert [row[0] for row in rows] == list(SUITE)
     assert ["12b", "nothing", "fits"] in rows
     for name, shard, recompute, micro_batch, gigabytes, *numbers, source in (row for row in rows if "fits" not in row):
         days, hours = map(float, numbers)

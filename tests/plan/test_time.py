@@ -7,7 +7,7 @@ from itertools import pairwise, product
 import pytest
 import torch
 
-from model import SIZES
+from model import SIZES, SUITE
 from plan import time
 from plan.memory import RECOMPUTED_ACTIVATIONS, SHARDINGS, Job, total_memory, variants
 from plan.time import GPUS, Rates, assumed_rates, decide, fastest, known_gpu, known_rates, peak_flops, step_seconds
@@ -79,7 +79,7 @@ def test_higher_rates_are_faster():
 
 def test_assumed_rates():
     large = 0.68 * 989e12
-    rates = [assumed_rates(config, "bf16", "H100") for config in SIZES.values()]
+    rates = [assumed_rates(config, "bf16", "H100") for config in SUITE.values()]
     assert all(0.25 * large < r.matmul < large for r in rates)
     assert rates[-1].matmul > rates[3].matmul > rates[0].matmul  # narrow models are slower
     assert rates[0][1:] == (large / 2, 0.85 * 3.35e12)
@@ -234,7 +234,7 @@ def open_job(size: str, world_size: int, **options) -> Job:
     return replace(Job(SIZES[size], 1024, 0, 2048, "fp16", "auto", "auto", world_size), **options)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", SUITE)
 @pytest.mark.parametrize("machine", [("H100", 8), ("A100-40GB", 16), ("4090", 8)])
 def test_a_run_fits_or_is_refused(size, machine):
     """The setting is the fastest one that fits; what is given stays; a run for which nothing fits does not start."""

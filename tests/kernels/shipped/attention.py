@@ -7,10 +7,10 @@ import torch
 from kernels import tiles
 from kernels.attention import CHUNKS, attention_dkv_kernel, attention_dq_kernel, attention_forward_kernel
 from kernels.rotary import rotate_block, rotate_kernel
-from model import SIZES
+from model import SUITE
 from tests.kernels.shipped import Shipped
 
-HEADS = {config.head_dim: config.heads for config in SIZES.values()}
+HEADS = {config.head_dim: config.heads for config in SUITE.values()}
 
 
 def _shipped(
