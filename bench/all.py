@@ -65,8 +65,8 @@ def pieces(gpu_memory: float | None) -> list[Piece]:
     workers = ("-n", "4") if find_spec("xdist") else ()  # a test takes up to 12 GB
     picture = ("--plot", "{plot}") if find_spec("matplotlib") else ()
     sizes = ",".join([*MAIN_SIZES, *OTHER_SIZES]) if gpu_memory else "14m"
-    # A CPU rehearses with few tokens: the interpreter needs over 15 minutes for 4 rows of 512.
-    roofline = ("--size", ",".join(MAIN_SIZES)) if gpu_memory else ("--batch", "1", "--seq-len", "16")
+    # A CPU rehearses with nano and few tokens: the interpreter needs over 15 minutes for 4 rows of 512 of size 14m.
+    roofline = ("--size", ",".join(MAIN_SIZES)) if gpu_memory else ("--size", "nano", "--batch", "1", "--seq-len", "16")
     return [
         tests("correctness", 80, "gpu and not large", *workers),
         tests("correctness-large", 25, "large"),
