@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from corpus.edits import Edits
 from corpus.fetch import add_fetch_arguments, run_fetch
 from corpus.indexed import DataFile, IndexedTokens, read_mark, sha256, write_mark
 from corpus.order import Order, Rows, ShuffledRows, digest, epochs_for, row_digests
@@ -56,6 +57,16 @@ def batch(
     numbers = row_numbers(step, batch_size, micro_batch, rank, world_size)
     check_step(rows, step, batch_size)
     return rows.take(numbers.ravel()).reshape(*numbers.shape, rows.seq_len + 1)
+
+
+def weights(
+    rows: Rows, step: int, batch_size: int, micro_batch: int, rank: int = 0, world_size: int = 1
+) -> np.ndarray | None:
+    """Return the weights of the losses of a rank's batch: float32 [micro_steps, micro_batch, seq_len], or None if the
+    edits leave all at 1."""
+    numbers = row_numbers(step, batch_size, micro_batch, rank, world_size)
+    found = rows.weights(numbers.ravel())
+    return None if found is None else found.reshape(*numbers.shape, rows.seq_len)
 
 
 def check_step(rows: Rows, step: int, batch_size: int) -> None:
@@ -100,9 +111,28 @@ def check_vocab(tokens: np.ndarray, vocab: int, step: int, rank: int = 0, world_
         )
 
 
-def open_rows(data: str | Path, samples: int, seq_len: int = 2048, seed: int = 1234) -> Rows:
-    """Open --data: a Megatron prefix, a pre-shuffled directory, or "demo". Raises UserError if it is none of these."""
-    return order_rows(*open_tokens(data), samples, seq_len, seed)
+def open_rows(
+    data: str | Path,
+    samples: int,
+    seq_len: int = 2048,
+    seed: int = 1234,
+    edits: str | Path | None = None,
+    batch_size: int = 1024,
+) -> Rows:
+    """Open --data: a Megatron prefix, a pre-shuffled directory, or "demo". Raises UserError if it is none of these.
+
+    edits is a file of corpus/edits.py; batch_size names the step in its messages. Raises UserError if it is of others.
+    """
+    return with_edits(order_rows(*open_tokens(data), samples, seq_len, seed), edits, batch_size)
+
+
+def with_edits(rows: Rows, file: str | Path | None, batch_size: int) -> Rows:
+    """Let rows be served with the edits of a file; without one, as they are. Raises UserError if they do not fit."""
+    if file:
+        edits = Edits(file, batch_size)
+        edits.check_rows(rows)
+        rows.edits = edits
+    return rows
 
 
 def order_rows(data: IndexedTokens, shuffled: bool, samples: int, seq_len: int, seed: int) -> Rows:
@@ -171,7 +201,18 @@ def fingerprint(rows: Rows) -> dict:
             for shard in data.shards
         ],
         "modified_ns": [shard.status.st_mtime_ns for shard in data.shards],
-    }
+    } | edits_record(rows.edits)
+
+
+def edits_record(edits: Edits | None) -> dict:
+    return {"edits": {"file": str(edits.path), "sha256": edits.sha256, "edits": edits.count}} if edits else {}
+
+
+def edits_difference(stored: dict, here: dict) -> list[str]:
+    """Return a phrase if the edits of two fingerprints differ, else []. Raises as fingerprint_differences."""
+    there, now = (f["edits"]["sha256"] if "edits" in f else None for f in (stored, here))
+    names = [f"sha256 {sha256[:12]}…" if sha256 else "none" for sha256 in (there, now)]
+    return [] if there == now else [f"--edits ({names[0]} there, {names[1]} here)"]
 
 
 def known_sha256(data: IndexedTokens) -> str | None:
@@ -210,6 +251,7 @@ def sample_sha256(file: DataFile, count: int = 66, size: int = 1 << 16) -> str:
 
 def fingerprint_differences(stored: dict, here: dict) -> list[str]:
     """Return how the data of two fingerprints differ, for a message; [] for the same data, also at another place.
+    Edits are not compared.
 
     Compares what both have, because older ones have less. Raises LookupError, TypeError or ValueError if `stored` is
     damaged.
@@ -337,6 +379,34 @@ def check_data(args: argparse.Namespace, rows: Rows) -> None:
         raise UserError(f"--data {args.data} is not the data of {args.run}: {', '.join(differences)}")
 
 
+def recorded_edits(args: argparse.Namespace) -> dict:
+    """What run.json of --run says about its edits: their file and sha256, or {}. Raises UserError if it is damaged."""
+    edits = args.recorded_data.get("edits", {}) if args.run else {}
+    if edits and not (isinstance(edits, dict) and all(type(edits.get(name)) is str for name in ("file", "sha256"))):
+        raise UserError(f"{args.run}/run.json is damaged: edits is {str(edits)[:100]!r}")
+    return edits
+
+
+def add_edits(args: argparse.Namespace, rows: Rows) -> bool:
+    """Let rows be served with --edits, or else with the edits of --run. Returns whether --run has the same edits.
+
+    Raises UserError if they do not fit the rows, or if those of --run have changed.
+    """
+    recorded = recorded_edits(args)
+    with_edits(rows, args.edits or recorded.get("file"), args.batch_size)
+    is_same = recorded.get("sha256") == (rows.edits.sha256 if rows.edits else None)
+    if args.run and not is_same and not args.edits:
+        raise UserError(f"{recorded['file']} is not as {args.run} had it: give the edits of the run as --edits")
+    return is_same
+
+
+def note_edits(args: argparse.Namespace) -> None:
+    """Say that a command does not know the edits of --run."""
+    if recorded := recorded_edits(args):
+        note = f"note: {args.run} trained with the edits {recorded['file']}; these are the places without them"
+        print(printable(note), file=sys.stderr)
+
+
 def compare_with_run(run: Path, step: int, tokens: np.ndarray) -> None:
     """Say whether tokens [batch, seq_len + 1] are those that the run recorded. Raises UserError if they are not."""
     recorded, here = recorded_batch(run / "metrics.jsonl", step), digest(row_digests(tokens))
@@ -374,11 +444,15 @@ def run_view(args: argparse.Namespace) -> None:
     if args.row is not None and not 0 <= args.row < args.batch_size:
         raise UserError(f"--row {args.row}: a step has rows 0 .. {args.batch_size - 1}")
     rows = open_asked(args)
+    is_of_run = add_edits(args, rows)
     check_step(rows, args.step, args.batch_size)
     chosen = np.arange(args.batch_size) if args.row is None else np.array([args.row])
     if args.run:  # its record is a hash of the whole batch
         whole = batch(rows, args.step, args.batch_size)[0]
-        compare_with_run(Path(args.run), args.step, whole)
+        if is_of_run:
+            compare_with_run(Path(args.run), args.step, whole)
+        else:
+            print(printable(f"note: {args.run} was trained without {args.edits}"), file=sys.stderr)
         tokens = whole[chosen]
     else:
         tokens = rows.take(args.step * args.batch_size + chosen)  # [rows, seq_len + 1]
@@ -392,6 +466,7 @@ def run_view(args: argparse.Namespace) -> None:
 def run_find(args: argparse.Namespace) -> None:
     """Print which steps saw a document, a text or tokens: every row that has them, and where."""
     note = take_settings(args)
+    note_edits(args)
     find(args, open_asked(args), args.tokenizer or find_tokenizer(args.data))
     print(note, file=sys.stderr, end="\n" * bool(note))
 
@@ -400,6 +475,7 @@ def run_count(args: argparse.Namespace) -> None:
     """Print how often a run has seen a text, tokens, or each of many terms: occurrences that lie whole in a row, the
     rows and the documents that have one, by the checkpoints of --at."""
     note = take_settings(args)
+    note_edits(args)
     count(args, open_asked(args), args.tokenizer or find_tokenizer(args.data))
     print(note, file=sys.stderr, end="\n" * bool(note))
 
@@ -505,6 +581,7 @@ def main(arguments: list[str] | None = None) -> None:
     info.add_argument("--verify", action="store_true", help="read index and order again, though they were checked once")
     view.add_argument("--step", type=int, required=True, metavar="T", help="the first step is 0")
     view.add_argument("--row", type=int, metavar="R", help="only this row of the step; the first row is 0")
+    view.add_argument("--edits", metavar="FILE", help="show the rows with these edits (default: with those of --run)")
     view.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json (default: the one beside the data)")
     view.add_argument("--export", metavar="FILE.npy", help="write tokens [rows, seq_len + 1] instead (Pythia: uint16)")
 

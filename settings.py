@@ -60,6 +60,9 @@ class Settings:
     plan_for: str = setting("", "with --plan: the machine, for example 16xA100-40GB (default: 8xH100)", False)
     verbose: bool = setting(False, "with --plan: also memory by setting, FLOPs, and the days of all sizes", False)
     seed: int = setting(DEFAULTS["seed"], "seed of the initial weights and of the data order")
+    edits: str = setting(
+        "", "edits of tokens and loss weights, a parquet file of `data.py edit`", False, metavar="FILE"
+    )
     init_from: str = setting("", "start from the weights of this Hugging Face directory instead of random weights")
     branch: str = setting(
         "", "start from weights, moments and counters of this checkpoint, RUN/stepN, with its settings; needs --out"
@@ -152,7 +155,7 @@ def inherit(arguments: list[str]) -> dict:
         raise UserError("--branch needs --out: the new run has a directory of its own")
     recorded, taken = inherited_settings(given.branch, given.out), {}
     for f in fields(Settings):
-        if f.name not in FIXED | {"data", "micro_batch"} or f.name not in recorded:
+        if f.name not in FIXED | {"data", "edits", "micro_batch"} or f.name not in recorded:
             continue
         value, choices = recorded[f.name], f.metadata["options"].get("choices")
         if type(value) is not f.type or (choices and value not in choices):

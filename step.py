@@ -81,9 +81,19 @@ class LossScaler:
 
 
 class Step:
-    """The optimizer step of a model. `gradients` accumulates over micro-steps and ranks."""
+    """The optimizer step of a model. `gradients` accumulates over micro-steps and ranks.
 
-    def __init__(self, model: Pythia, gradients: Gradients, optimizer: torch.optim.AdamW, dist: Dist):
+    can_have_weights: some steps have loss weights, so none runs as a CUDA graph, which always does the same.
+    """
+
+    def __init__(
+        self,
+        model: Pythia,
+        gradients: Gradients,
+        optimizer: torch.optim.AdamW,
+        dist: Dist,
+        can_have_weights: bool = False,
+    ):
         self.model, self.gradients, self.optimizer, self.dist = model, gradients, optimizer, dist
         # By default cuBLAS may add the partial sums of a product in 16 bits. Weight gradients sum over all tokens.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -92,7 +102,7 @@ class Step:
         self.cast_weights = CastWeights([] if sharded else list(model.blocks), model.compute_dtype)
         # The reference of the loss reads a value from the device, which a CUDA graph cannot do.
         kernels = triton_runs(torch.empty(0, dtype=model.compute_dtype, device=dist.device))
-        use_graph = dist.device.type == "cuda" and kernels and small and not sharded
+        use_graph = dist.device.type == "cuda" and kernels and small and not sharded and not can_have_weights
         self.graph = MicroStepGraph(self._micro_step) if use_graph else None
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=dist.device)
         self.weight = torch.ones((), device=dist.device)  # of one micro-batch in the loss of the step
@@ -103,12 +113,19 @@ class Step:
         self.ends: deque[torch.cuda.Event] = deque()  # of the last two micro-steps, in long steps on a GPU
 
     def forward_backward(
-        self, tokens: Tensor, loss_scale: float = 1.0, go_on: Callable[[int, int], bool] | None = None
+        self,
+        tokens: Tensor,
+        loss_scale: float = 1.0,
+        go_on: Callable[[int, int], bool] | None = None,
+        weights: Tensor | None = None,
     ) -> bool:
         """Accumulate loss and gradients (times loss_scale) of tokens [micro_steps, micro_batch, seq_len + 1].
 
         row_losses, [micro_steps, micro_batch] float32 on the CPU, gets the mean loss of every row in nats. A GPU has
         written it when the result of update can be read.
+
+        weights [micro_steps, micro_batch, seq_len] multiply the losses of the targets, for the gradients only: the loss
+        that update returns, and row_losses, stay what the model makes of the rows.
 
         go_on(micro-steps done, micro-steps) is called between two micro-steps of a long step; all ranks must get the
         same answer. False drops the step: weights and moments are as before it, no other step may follow, and the
@@ -121,7 +138,8 @@ class Step:
         self.timer.start()
         with self.cast_weights:
             for i, micro_batch in enumerate(tokens, start=1):
-                (self.graph or self._micro_step)(micro_batch, last=i == len(tokens))
+                extra = () if weights is None else (weights[i - 1],)
+                (self.graph or self._micro_step)(micro_batch, i == len(tokens), *extra)
                 self.step_row_losses[i - 1].copy_(self.micro_row_losses)
                 if go_on and i < len(tokens):
                     self._limit_lead()
@@ -139,16 +157,17 @@ class Step:
             self.step_row_losses = torch.empty(shape, device=self.loss_sum.device)
             self.row_losses = torch.empty(shape, pin_memory=self.loss_sum.is_cuda)
 
-    def _micro_step(self, tokens: Tensor, last: bool) -> None:
-        """tokens [micro_batch, seq_len + 1]."""
+    def _micro_step(self, tokens: Tensor, last: bool, weights: Tensor | None = None) -> None:
+        """tokens [micro_batch, seq_len + 1], weights [micro_batch, seq_len]."""
         self.gradients.set_sync(last)
-        loss, losses = self.model(tokens[:, :-1], tokens[:, 1:], "both")  # losses: [micro_batch, seq_len]
+        # losses: [micro_batch, seq_len]
+        loss, losses = self.model(tokens[:, :-1], tokens[:, 1:], "both", loss_weights=weights)
         self.micro_row_losses = losses.mean(dim=1)
         if last:
             self.timer.lap()  # from here on ranks wait for each other
         loss.backward(self.weight)
         self.gradients.accumulate(last)
-        self.loss_sum += loss.detach()
+        self.loss_sum += loss.detach() if weights is None else losses.mean()
 
     def _limit_lead(self) -> None:
         """Let the host queue at most two micro-steps ahead of a GPU: these cannot be taken back, and they are enough to

@@ -28,6 +28,7 @@ from checkpoints.branch import Parent, read_parent
 from checkpoints.manifest import clean_up, steps_with_state
 from checkpoints.resume import latest_valid_step, recover_record, restore
 from checkpoints.save import Saver
+from corpus.edits import Edits
 from corpus.loader import Batch, Loader, verify_in_background
 from corpus.order import digest, row_digests
 from model import SIZES, Config, Pythia
@@ -103,13 +104,13 @@ def run(s: Settings, dist: Dist, stack: ExitStack) -> int:
     if start >= stop:
         announce_end(s, run_dir, start, dist)
         return 0
-    read = partial(read_batch, s, rows, dist)
+    read, read_weights = partial(read_batch, s, rows, dist), partial(loss_weights, s, rows, dist)
     old = check_old_records(s, run_dir, start, parent, read, dist)  # before anything is written
 
-    trainer, updates, scaler = build(s, dist, checkpoint, verified=parent is None)
+    trainer, updates, scaler = build(s, rows, dist, checkpoint, verified=parent is None)
     record = announce_start(s, run_dir, fingerprint, parent, check_lock, start, stop, dist)
     stop_signal, watchdog = StopSignal(), stack.enter_context(Watchdog(dist, s.timeout))
-    log = StepLog(s, old, start, trainer, stack)
+    log = StepLog(s, rows.edits, old, start, trainer, stack)
     saver = open_saver(s, rows, trainer, watchdog, record, [lambda step: check_lock(), log.check], stack)
 
     def save(step: int) -> None:
@@ -118,7 +119,7 @@ def run(s: Settings, dist: Dist, stack: ExitStack) -> int:
 
     if checkpoint is None or parent:
         save(start)
-    loader, extra = stack.enter_context(Loader(read, start, stop, dist.device)), extra_steps(s)
+    loader, extra = stack.enter_context(Loader(read, start, stop, dist.device, read_weights)), extra_steps(s)
 
     made = saved = start  # finished steps, and how many of them the newest checkpoint has
     for step in range(start, stop):
@@ -130,7 +131,7 @@ def run(s: Settings, dist: Dist, stack: ExitStack) -> int:
         watchdog.heartbeat(step, "forward and backward")
         loss_scale = scaler.scale if scaler else 1.0
         between = inside_long_step(step, stop_signal, watchdog, log) if log.steps_are_long else None
-        if not trainer.forward_backward(batch.tokens, loss_scale, between):
+        if not trainer.forward_backward(batch.tokens, loss_scale, between, batch.weights):
             break  # told to stop inside a long step, which is dropped
         watchdog.heartbeat(step, "exchanging gradients, updating weights")
         lr = learning_rate(updates, s.steps, s.lr, s.schedule)
@@ -195,7 +196,7 @@ def smallest_gpu(dist: Dist) -> tuple[str, float]:
 def open_rows(s: Settings, dist: Dist) -> data.Rows:
     """The rows of the run in their order. Raises UserError if they do not suffice."""
     needed, samples = s.steps * s.batch_size, data.requested_samples(s.steps, s.batch_size)
-    open_here = partial(data.open_rows, s.data, samples, s.seq_len, s.seed)
+    open_here = partial(data.open_rows, s.data, samples, s.seq_len, s.seed, s.edits, s.batch_size)
     rows = dist.run_on_main(open_here)  # builds the cache of the order, once for all ranks
     rows = rows if dist.is_main else open_here()
     if needed > len(rows):
@@ -214,12 +215,15 @@ def claim_run_directory(
     fingerprint = data.fingerprint(rows)
     fixed = FIXED | ({"micro_batch"} if s.bitwise else set())
 
+    def differences(stored: dict) -> list[str]:
+        return data.fingerprint_differences(stored, fingerprint) + data.edits_difference(stored, fingerprint)
+
     def claim() -> Callable[[], None]:
         refuse_other_directory(run_dir, recover_record)
         check_lock = stack.enter_context(lock(run_dir))
         recover_run_file(run_dir, recover_record)
         settings = {name: value for name, value in asdict(s).items() if name in fixed}
-        check_same_run(run_dir, settings, lambda stored: data.fingerprint_differences(stored, fingerprint))
+        check_same_run(run_dir, settings, differences)
         clean_up(run_dir)
         return check_lock
 
@@ -240,6 +244,7 @@ def starting_point(s: Settings, run_dir: Path, fingerprint: dict, dist: Dist) ->
         raise UserError(f"--precision fp16 needs a loss scale, which {parent.directory} lacks: leave it out")
     try:
         other_data = data.fingerprint_differences(parent.data, fingerprint)
+        changed += data.edits_difference(parent.data, fingerprint)
     except DAMAGE as error:
         raise UserError(f"--branch {s.branch}: its manifest is damaged ({error!r})") from None
     if other_data:
@@ -282,7 +287,14 @@ def read_batch(s: Settings, rows: data.Rows, dist: Dist, step: int) -> np.ndarra
     return batch
 
 
-def build(s: Settings, dist: Dist, checkpoint: Path | None, verified: bool) -> tuple[Step, int, LossScaler | None]:
+def loss_weights(s: Settings, rows: data.Rows, dist: Dist, step: int) -> np.ndarray | None:
+    """The weights of the losses of read_batch: float32 [micro_steps, micro_batch, seq_len], or None if all are 1."""
+    return data.weights(rows, step, s.batch_size, s.micro_batch, dist.rank, dist.world_size)
+
+
+def build(
+    s: Settings, rows: data.Rows, dist: Dist, checkpoint: Path | None, verified: bool
+) -> tuple[Step, int, LossScaler | None]:
     """The training step, the number of successful updates and the loss scaler, as the checkpoint has them."""
     model, gradients = initial_model(s, dist, restored=checkpoint is not None)
     set_recompute(model, s.recompute)
@@ -294,7 +306,8 @@ def build(s: Settings, dist: Dist, checkpoint: Path | None, verified: bool) -> t
     if checkpoint:
         counters = restore(checkpoint, model, optimizer, dist, verified)
         updates = take_counters(counters, scaler, checkpoint)
-    return Step(model, gradients, optimizer, dist), updates, scaler
+    can_have_weights = bool(rows.edits and rows.edits.has_weights)
+    return Step(model, gradients, optimizer, dist, can_have_weights), updates, scaler
 
 
 def take_counters(counters: dict, scaler: LossScaler | None, checkpoint: Path) -> int:
@@ -367,7 +380,11 @@ def open_saver(
     export = Export(dtype, tokenizer=data.find_tokenizer(s.data))
     options = {"keep_state": s.keep_state, "heartbeat": watchdog.heartbeat}
     if record:
-        kept = {name: value for name, value in record["settings"].items() if name in FIXED | {"data", "micro_batch"}}
+        kept = {
+            name: value
+            for name, value in record["settings"].items()
+            if name in FIXED | {"data", "edits", "micro_batch"}
+        }
         data_without_times = {name: value for name, value in record["data"].items() if name != "modified_ns"}
         origin = {"parent": record["parent"]} if "parent" in record else {}
         options["record"] = {"settings": kept, "data": data_without_times, **origin}
@@ -433,8 +450,11 @@ class StepLog:
     """Gathers what the ranks measured in a step. The main rank writes it to RUN/metrics.jsonl, RUN/row_loss.bin and the
     loggers."""
 
-    def __init__(self, s: Settings, old: OldRecords | None, start: int, trainer: Step, stack: ExitStack):
+    def __init__(
+        self, s: Settings, edits: Edits | None, old: OldRecords | None, start: int, trainer: Step, stack: ExitStack
+    ):
         self.trainer, self.dist, self.old, self.tokens_per_step = trainer, trainer.dist, old, s.batch_size * s.seq_len
+        self.edits = {"edits_sha256": edits.sha256} if edits else {}
         self.flops_per_token, self.peak = SIZES[s.size].flops_per_token(s.seq_len), peak_flops(self.dist.device)
         loggers = list(filter(None, s.log.split(",")))
         metrics = partial(Metrics, old, start, s.steps, loggers, asdict(s))
@@ -474,6 +494,7 @@ class StepLog:
                 compute_seconds=[round(t, 6) for t in compute_seconds.tolist()],
                 loss_scale=loss_scale,
                 batch_sha256=digest(digests.transpose(0, 1).numpy()),
+                **self.edits,
             )
         self.profile_step()
         return bool(stopping.any()), bool(save_failed.any())

@@ -14,7 +14,7 @@ from runtime.manifests import MANIFEST
 from runtime.run_directory import flag, read_run
 
 SAME = ("size", "seed", "batch_size", "seq_len")  # settings that a branch has in common with its parent
-OWN = ("branch", "init_from", "data")  # those that it never has in common; data may be at another place
+OWN = ("branch", "init_from", "data", "edits")  # not compared by name: files may be at another place
 
 
 @dataclass(frozen=True)

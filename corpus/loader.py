@@ -34,6 +34,7 @@ def verify_in_background(rows: Rows) -> Callable[[int], None]:
 
 class Batch(NamedTuple):
     tokens: Tensor  # [micro_steps, micro_batch, seq_len + 1] int64, on the device
+    weights: Tensor | None  # [micro_steps, micro_batch, seq_len] float32, on the device; None: all are 1
     digests: Tensor  # [micro_steps, micro_batch, 32] uint8, on the CPU: sha256 of every row
     copied: torch.cuda.Event | None  # recorded after the copy to a GPU
 
@@ -42,11 +43,19 @@ class Loader:
     """Reads the rows of the steps start .. stop - 1 and copies them to the device.
 
     A thread reads one step ahead while the device computes. `read` returns the rows of a step,
-    [micro_steps, micro_batch, seq_len + 1]. An exception in it is raised again by next().
+    [micro_steps, micro_batch, seq_len + 1], and `read_weights` the weights of their losses, [.., seq_len] float32 or
+    None. An exception in them is raised again by next().
     """
 
-    def __init__(self, read: Callable[[int], np.ndarray], start: int, stop: int, device: torch.device):
-        self.read, self.steps, self.device = read, iter(range(start, stop)), device
+    def __init__(
+        self,
+        read: Callable[[int], np.ndarray],
+        start: int,
+        stop: int,
+        device: torch.device,
+        read_weights: Callable[[int], np.ndarray | None] = lambda step: None,
+    ):
+        self.read, self.read_weights, self.steps, self.device = read, read_weights, iter(range(start, stop)), device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.thread = ThreadPoolExecutor(1, "loader")
         self._next = self.thread.submit(self._load)
@@ -65,13 +74,19 @@ class Loader:
             batch.copied.wait()
             # The allocator must not reuse this memory before the current stream has read it.
             batch.tokens.record_stream(torch.cuda.current_stream())
+            if batch.weights is not None:
+                batch.weights.record_stream(torch.cuda.current_stream())
         return batch
 
     def _load(self) -> Batch:
-        rows = self.read(next(self.steps))  # after the last step: StopIteration, which stays in a future nobody reads
+        step = next(self.steps)  # after the last step: StopIteration, which stays in a future nobody reads
+        rows, weights = self.read(step), self.read_weights(step)
         tokens, digests = torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(row_digests(rows))
+        weights = None if weights is None else torch.from_numpy(weights)
         if not self.stream:
-            return Batch(tokens, digests, None)
+            return Batch(tokens, weights, digests, None)
         with torch.cuda.stream(self.stream):
             tokens = tokens.pin_memory().to(self.device, non_blocking=True)
-        return Batch(tokens, digests, self.stream.record_event())
+            if weights is not None:
+                weights = weights.pin_memory().to(self.device, non_blocking=True)
+        return Batch(tokens, weights, digests, self.stream.record_event())

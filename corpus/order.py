@@ -18,6 +18,7 @@ from typing import NoReturn
 
 import numpy as np
 
+from corpus.edits import Edits
 from corpus.indexed import (
     CHECKED_ONCE,
     TICK,
@@ -258,7 +259,27 @@ def gather(map: Map, starts: np.ndarray, counts: np.ndarray | int) -> np.ndarray
 # ---- the rows --------------------------------------------------------------------------------------------------------
 
 
-class Order:
+class Served:
+    """Rows as served: what `_take` of a subclass reads, then the edits."""
+
+    edits: Edits | None = None
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.take(np.array([operator.index(i)]))[0]
+
+    def take(self, numbers: np.ndarray) -> np.ndarray:
+        """Return rows [n] as served: [n, seq_len + 1]. Raises UserError if the edits do not fit them."""
+        tokens = self._take(numbers)
+        if self.edits:
+            self.edits.apply(numbers, tokens)
+        return tokens
+
+    def weights(self, numbers: np.ndarray) -> np.ndarray | None:
+        """Return the weights of the losses of rows [n], float32 [n, seq_len], or None if all are 1."""
+        return self.edits.weights(numbers) if self.edits else None
+
+
+class Order(Served):
     """The rows of PREFIX in the published order, with enough epochs for `samples` rows.
 
     order[i] is row i as served: [seq_len + 1] tokens in the dtype of the data (Pythia: uint16). As published, the last
@@ -348,11 +369,8 @@ class Order:
         begin, end = self.data.span(document)
         return self.inverse.pieces(places, np.zeros_like(places), np.full_like(places, end - begin))
 
-    def __getitem__(self, i: int) -> np.ndarray:
-        return self.take(np.array([operator.index(i)]))[0]
-
-    def take(self, numbers: np.ndarray) -> np.ndarray:
-        """Return rows [n] as served: [n, seq_len + 1]."""
+    def _take(self, numbers: np.ndarray) -> np.ndarray:
+        """Return rows [n] without edits: [n, seq_len + 1]."""
         rows, _, _, counts, positions = self._pieces(numbers)
         lengths = np.bincount(rows, counts, len(numbers))
         if (wrong := lengths != self.seq_len + 1).any():
@@ -380,7 +398,7 @@ class Order:
         return tuple(x[counts > 0] for x in pieces)
 
 
-class ShuffledRows:
+class ShuffledRows(Served):
     """The rows of a pre-shuffled directory: document.idx with document.bin or document-00000-of-000NN.bin, in place.
 
     rows[i] is [seq_len + 1] tokens; all rows are served. Raises UserError if a row has another length.
@@ -414,11 +432,8 @@ class ShuffledRows:
 
     document_pieces = find
 
-    def __getitem__(self, i: int) -> np.ndarray:
-        return self.take(np.array([operator.index(i)]))[0]
-
-    def take(self, numbers: np.ndarray) -> np.ndarray:
-        """Return rows [n] as served: [n, seq_len + 1]."""
+    def _take(self, numbers: np.ndarray) -> np.ndarray:
+        """Return rows [n] without edits: [n, seq_len + 1]."""
         width = self.seq_len + 1
         return self.data.gather(numbers * width, np.full(len(numbers), width)).reshape(-1, width)
 

@@ -205,13 +205,14 @@ def _add_matmul(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 @torch.library.custom_op("tripod::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, mean: bool, with_gradients: bool
+    hidden: Tensor, weight: Tensor, targets: Tensor, mean: bool, with_gradients: bool, loss_weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The losses [tokens], their mean (empty without `mean`), and the gradients of the sum of losses (empty without
-    with_gradients)."""
+    """The losses [tokens], their weighted mean (empty without `mean`), and the gradients of the weighted sum of losses
+    (empty without with_gradients)."""
     compute = linear_cross_entropy_by_kernel if triton_runs(hidden) else linear_cross_entropy_reference
-    losses, d_hidden, d_weight = compute(hidden, weight, targets, with_gradients)
-    loss = losses.mean() if mean else losses.new_empty(0)
+    losses, d_hidden, d_weight = compute(hidden, weight, targets, with_gradients, loss_weights)
+    weighted = losses if loss_weights is None else losses * loss_weights
+    loss = weighted.mean() if mean else losses.new_empty(0)
     if not with_gradients:
         return losses, loss, hidden.new_empty(0), weight.new_empty(0)
     return losses, loss, d_hidden, d_weight.to(weight.dtype)
@@ -228,14 +229,14 @@ def _linear_cross_entropy_backward(
 
 
 @_linear_cross_entropy.register_fake
-def _(hidden, weight, targets, mean, with_gradients):
+def _(hidden, weight, targets, mean, with_gradients, loss_weights):
     losses = hidden.new_empty(hidden.shape[:1], dtype=torch.promote_types(hidden.dtype, torch.float32))
     loss = losses.new_empty(() if mean else 0)
     return losses, loss, *(torch.empty_like(x) if with_gradients else x.new_empty(0) for x in (hidden, weight))
 
 
 def _cross_entropy_setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    ctx.computed = inputs[-1]  # forward computed the gradients: for a mean, every token has the same incoming gradient
+    ctx.computed = inputs[4]  # forward computed the gradients: those of a mean wait for one number only
     ctx.set_materialize_grads(False)  # otherwise autograd allocates zero tensors for the unused outputs
     ctx.save_for_backward(*(output[2:] if ctx.computed else inputs[:3]))
 
@@ -245,8 +246,8 @@ def _cross_entropy_gradients(ctx, d_losses: Tensor, d_loss: Tensor, *_: Tensor) 
     if ctx.computed:
         d_hidden, d_weight = ctx.saved_tensors
         scale = d_loss / d_hidden.shape[0]
-        return _scaled(d_hidden, scale), _scaled(d_weight, scale), None, None, None
-    return *_linear_cross_entropy_backward(*ctx.saved_tensors, d_losses), None, None, None
+        return _scaled(d_hidden, scale), _scaled(d_weight, scale), None, None, None, None
+    return *_linear_cross_entropy_backward(*ctx.saved_tensors, d_losses), None, None, None, None
 
 
 def _scaled(d: Tensor, scale: Tensor) -> Tensor:
@@ -261,7 +262,7 @@ _linear_cross_entropy.register_autograd(_cross_entropy_gradients, setup_context=
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean"
+    hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean", loss_weights: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy in nats of the logits hidden @ weight.T, which are never all held in memory.
 
@@ -269,6 +270,9 @@ def linear_cross_entropy(
     float32 weight gets a gradient accumulated in float32. Returns, in at least float32, a scalar (the mean over tokens)
     or, with reduction "none", the loss of every token [tokens], or, with "both", the pair of them. Gradients of the
     mean cost one pass over the logits, those of "none" two. So in "both" the losses of the tokens are without gradient.
+
+    With loss_weights [tokens], at least float32, the mean is sum(loss_weights * losses) / tokens, whatever the sum of
+    the weights is: a weight changes what this token contributes and nothing else. The losses of "both" have no weights.
 
     Raises ValueError if shapes, dtypes or devices do not fit. Targets must be ids of the vocabulary, and none is
     ignored. For another target the reference raises torch's error, and the kernel returns a loss of NaN.
@@ -280,6 +284,12 @@ def linear_cross_entropy(
         raise ValueError(f"targets must be [{len(hidden)}] like the tokens of hidden, not {list(targets.shape)}")
     if reduction not in ("mean", "none", "both"):
         raise ValueError(f'reduction must be "mean", "none" or "both", not {reduction!r}')
+    if loss_weights is not None and (
+        reduction == "none"
+        or (loss_weights.shape, loss_weights.device) != (targets.shape, targets.device)
+        or loss_weights.dtype not in (torch.float32, torch.float64)
+    ):
+        raise ValueError('loss_weights must be float32 or float64 like targets, and are for "mean" and "both"')
     if not (hidden.is_floating_point() and weight.is_floating_point() and targets.dtype == torch.int64):
         dtypes = f"{hidden.dtype}, {weight.dtype} and {targets.dtype}"
         raise ValueError(f"hidden and weight must have a floating point dtype and targets int64, not {dtypes}")
@@ -288,7 +298,8 @@ def linear_cross_entropy(
         raise ValueError(f"hidden, weight and targets must be on one device, not {devices}")
     mean = reduction != "none"
     with_gradients = mean and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    losses, loss, *_ = _linear_cross_entropy(hidden, weight, targets, mean, with_gradients)
+    loss_weights = None if loss_weights is None else loss_weights.contiguous()
+    losses, loss, *_ = _linear_cross_entropy(hidden, weight, targets, mean, with_gradients, loss_weights)
     if reduction == "both":
         return loss, losses.detach()
     return loss if mean else losses

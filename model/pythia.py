@@ -135,11 +135,12 @@ class Pythia(nn.Module):
         targets: Tensor | None = None,
         reduction: str = "mean",
         caches: list[KVCache] | None = None,
+        loss_weights: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [batch, seq, vocab] of tokens [batch, seq].
 
         With targets [batch, seq]: the cross-entropy in nats instead, its mean, or [batch, seq] with reduction "none",
-        or with "both" the mean and, without gradient, [batch, seq].
+        or with "both" the mean and, without gradient, [batch, seq]. The mean has loss_weights [batch, seq], if given.
         With caches, one a layer: tokens continue the sequence in the caches.
         """
         start = caches[0].length if caches else 0
@@ -156,7 +157,8 @@ class Pythia(nn.Module):
         _, x = add_layer_norm(x, attn, mlp, self.final_norm.weight, self.final_norm.bias, self.config.eps, bias)
         if targets is None:
             return linear(x, self.unembed)
-        loss = linear_cross_entropy(x.flatten(0, 1), self.unembed, targets.flatten(), reduction)
+        loss_weights = None if loss_weights is None else loss_weights.flatten()
+        loss = linear_cross_entropy(x.flatten(0, 1), self.unembed, targets.flatten(), reduction, loss_weights)
         if reduction == "both":
             return loss[0], loss[1].view(targets.shape)
         return loss if reduction == "mean" else loss.view(targets.shape)

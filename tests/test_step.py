@@ -126,6 +126,23 @@ def tokens(steps: int, device: torch.device) -> torch.Tensor:
     return torch.randint(384, (steps, 3, 2, 33), generator=torch.Generator().manual_seed(0)).to(device)
 
 
+def test_loss_weights_change_gradients_and_no_loss():
+    """The gradient is that of sum(weights * losses) / targets, from float64 losses; the losses have no weights."""
+    batch, device = tokens(1, torch.device("cpu"))[0], torch.device("cpu")
+    model, step = model_and_step(torch.float64, device)
+    model.double()
+    weights = torch.rand(3, 2, 32, generator=torch.Generator().manual_seed(1)) * 3
+    weights[0, 1], weights[2, 0, :20] = 0, 0
+    step.forward_backward(batch, 3.0, weights=weights)  # 3 / micro-steps is exact in float32
+    flat = batch.flatten(0, 1)  # [rows, 33]
+    losses = model(flat[:, :-1], flat[:, 1:], "none")  # [rows, 32]
+    expected = torch.autograd.grad((losses * weights.flatten(0, 1)).sum() / losses.numel(), list(model.parameters()))
+    for p, gradient in zip(model.parameters(), expected):
+        torch.testing.assert_close(p.grad, 3 * gradient, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(step.row_losses.flatten().double(), losses.mean(1).detach(), rtol=1e-6, atol=0)
+    assert step.update(0.0)[0].item() == pytest.approx(losses.mean().item(), rel=1e-12)
+
+
 @pytest.mark.parametrize("bitwise", [False, True])
 @pytest.mark.parametrize("stop_after", [1, 2])
 def test_a_step_that_is_dropped(stop_after, bitwise):

@@ -19,9 +19,14 @@ def test_reads_one_step_ahead_and_no_further(device):
         done[step].set()
         return np.full((2, 3, 5), step, dtype=np.uint16)
 
-    with Loader(read, 7, 10, device) as loader:
+    def read_weights(step: int) -> np.ndarray | None:
+        return np.full((2, 3, 4), step, np.float32) if step == 8 else None
+
+    with Loader(read, 7, 10, device, read_weights) as loader:
         for step in (7, 8, 9):
             batch = loader.next()
+            assert (batch.weights is None) == (step != 8)
+            assert step != 8 or (batch.weights == 8).all()
             assert batch.tokens.dtype == torch.int64
             assert batch.tokens.device.type == device.type
             assert torch.equal(batch.tokens.cpu(), torch.full((2, 3, 5), step))

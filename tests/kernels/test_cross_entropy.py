@@ -250,13 +250,24 @@ def test_two_runs_give_the_same_bits(device, small_chunks):
         assert torch.equal(one, other)
 
 
+def test_loss_weights_in_float32(device, small_chunks):
+    hidden, weight, targets = draw(12, 97, 24, torch.float32, device)
+    weights = torch.tensor([0, 1, 2.5] * 4, device=device)
+    mean, losses = linear_cross_entropy(hidden, weight, targets, "both", weights)
+    ours = mean.detach(), *torch.autograd.grad(mean, (hidden, weight), torch.tensor(0.7, device=device))
+    exact, *gradients = exactly(hidden, weight, targets, "none", 0.7 * weights / 12)
+    assert max(errors(ours, ((exact * weights).mean(), *gradients))) < 1e-6
+    torch.testing.assert_close(losses.double(), exact, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_opcheck(dtype, device, small_chunks):
     hidden, weight, targets = draw(7, 40, 8, dtype, device, weight_dtype=torch.float32)
-    for mean, with_gradients in ((True, True), (False, False)):
-        torch.library.opcheck(cross_entropy._linear_cross_entropy, (hidden, weight, targets, mean, with_gradients))
+    weights = torch.rand(7, device=device)
+    for options in ((True, True, None), (True, True, weights), (False, False, None)):
+        torch.library.opcheck(cross_entropy._linear_cross_entropy, (hidden, weight, targets, *options))
     frozen = (hidden.detach(), weight.detach(), targets)
-    torch.library.opcheck(cross_entropy._linear_cross_entropy, (*frozen, True, False))
+    torch.library.opcheck(cross_entropy._linear_cross_entropy, (*frozen, True, False, weights))
     torch.library.opcheck(cross_entropy._linear_cross_entropy_backward, (*frozen, torch.rand(7, device=device)))
 
 
@@ -315,6 +326,9 @@ def test_no_second_derivative(device):
         (lambda h, w, t: (h, w, t[1:]), "targets must be"),
         (lambda h, w, t: (h, w, t[:, None]), "targets must be"),
         (lambda h, w, t: (h, w, t, "sum"), "reduction"),
+        (lambda h, w, t: (h, w, t, "none", h[:, 0]), "loss_weights"),
+        (lambda h, w, t: (h, w, t, "mean", h[:1, 0]), "loss_weights"),
+        (lambda h, w, t: (h, w, t, "mean", h[:, 0].half()), "loss_weights"),
     ],
 )
 def test_refuses_what_does_not_fit(change, message, device):

@@ -245,6 +245,38 @@ def test_the_mean_and_the_losses_of_all_tokens_at_once(dtype):
         assert torch.equal(ours, theirs)
 
 
+def test_weighted_losses_have_the_gradient_by_hand():
+    """dl/dz = w (softmax(z) - onehot(t)) / tokens; the divisor is the number of tokens, whatever the weights are."""
+    torch.manual_seed(0)
+    hidden = torch.randn(CHUNK + 3, 24, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(301, 24, dtype=torch.float64, requires_grad=True)
+    targets, weights = torch.randint(0, 301, (CHUNK + 3,)), torch.rand(CHUNK + 3).double()
+    weights[::3], weights[1] = 0, 4
+    loss, losses = linear_cross_entropy(hidden, weight, targets, "both", weights)
+    gradients = torch.autograd.grad(loss, (hidden, weight), torch.tensor(0.7, dtype=torch.float64))
+
+    y, w = hidden.detach(), weight.detach()
+    p = torch.exp(y @ w.T)
+    p /= p.sum(dim=1, keepdim=True)
+    by_hand = -p[range(len(y)), targets].log()
+    p[range(len(y)), targets] -= 1
+    d_logits = 0.7 * weights[:, None] * p / len(y)
+    for ours, truth in zip(
+        (loss, losses, *gradients), ((weights * by_hand).sum() / len(y), by_hand, d_logits @ w, d_logits.T @ y)
+    ):
+        torch.testing.assert_close(ours.detach(), truth, rtol=1e-12, atol=1e-12)
+    assert (gradients[0][::3] == 0).all()
+
+
+def test_weights_of_one_change_no_bit():
+    hidden, weight = torch.randn(CHUNK + 3, 24, requires_grad=True), torch.randn(301, 24, requires_grad=True)
+    targets = torch.randint(0, 301, (CHUNK + 3,))
+    plain, ones = (linear_cross_entropy(hidden, weight, targets, "mean", w) for w in (None, torch.ones(CHUNK + 3)))
+    assert torch.equal(plain, ones)
+    for a, b in zip(*(torch.autograd.grad(loss, (hidden, weight)) for loss in (plain, ones))):
+        assert torch.equal(a, b)
+
+
 def test_loss_without_gradient_and_a_second_backward():
     hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(16, 8)
     targets = torch.tensor([1, 2, 3, 4])
