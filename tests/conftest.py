@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+# More than one thread gains little for small models, and on a busy machine the threads of a process wait for each
+# other. Processes that a test starts inherit this.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Without a GPU the tests run the kernels in Triton's interpreter. Triton reads this variable when a kernel is defined,
 # that is in the imports below. Afterwards it would only slow down other tests and the processes that they start.
 if not torch.cuda.is_available():
@@ -126,4 +129,4 @@ def _free_gpu_memory() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _fixed_threads():
     """The order of a sum depends on the number of threads. Tests that compare bits need a fixed number."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
