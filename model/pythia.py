@@ -143,6 +143,17 @@ class Pythia(nn.Module):
         or with "both" the mean and, without gradient, [batch, seq]. The mean has loss_weights [batch, seq], if given.
         With caches, one a layer: tokens continue the sequence in the caches.
         """
+        x = self.final_hidden(tokens, caches)
+        if targets is None:
+            return linear(x, self.unembed)
+        loss_weights = None if loss_weights is None else loss_weights.flatten()
+        loss = linear_cross_entropy(x.flatten(0, 1), self.unembed, targets.flatten(), reduction, loss_weights)
+        if reduction == "both":
+            return loss[0], loss[1].view(targets.shape)
+        return loss if reduction == "mean" else loss.view(targets.shape)
+
+    def final_hidden(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
+        """What the unembedding turns into logits: [batch, seq, hidden] of tokens [batch, seq]; caches as in forward."""
         start = caches[0].length if caches else 0
         end = start + tokens.shape[1]
         x = F.embedding(tokens, self.embed)
@@ -154,14 +165,7 @@ class Pythia(nn.Module):
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
             terms = block(terms, cos, sin, cache)
         x, attn, mlp, bias = terms
-        _, x = add_layer_norm(x, attn, mlp, self.final_norm.weight, self.final_norm.bias, self.config.eps, bias)
-        if targets is None:
-            return linear(x, self.unembed)
-        loss_weights = None if loss_weights is None else loss_weights.flatten()
-        loss = linear_cross_entropy(x.flatten(0, 1), self.unembed, targets.flatten(), reduction, loss_weights)
-        if reduction == "both":
-            return loss[0], loss[1].view(targets.shape)
-        return loss if reduction == "mean" else loss.view(targets.shape)
+        return add_layer_norm(x, attn, mlp, self.final_norm.weight, self.final_norm.bias, self.config.eps, bias)[1]
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
