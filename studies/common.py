@@ -3,7 +3,7 @@
     study = Study("memorization", args, settings, dist)
     for run in study.runs:
         study.measure(run, items, compute, batch)    # compute(step, model, some of the items) -> more columns of these
-    summary = study.finish(summarize)                # summarize(run, step, its table) -> a line of summary.csv
+    summary = study.finish(summarize)                # summarize(run, step, columns) -> a line of summary.csv
 
 A study leaves in --out:
 
@@ -41,10 +41,11 @@ from tqdm import tqdm
 
 import data
 from checkpoints.manifest import choose_steps, read_checkpoint
+from corpus.order import Order
 from model import Config, Pythia
 from model.huggingface import read_config, read_weights
 from runtime.errors import Parser, UserError
-from runtime.files import READ_ERRORS, atomic_write, read_small
+from runtime.files import READ_ERRORS, atomic_write, read_small, reason
 from runtime.manifests import checksums, saved_steps
 from runtime.ranks import Dist, end_dist, init_dist
 from runtime.run_directory import one_line_errors
@@ -109,6 +110,17 @@ class Run:
     def rows(self) -> data.Rows:
         """The rows in the order in which the run served them. Raises UserError if the data is that of another run."""
         return data.open_asked(self.asked)
+
+    def origins(self, numbers: np.ndarray) -> Columns:
+        """The document of the first token of rows, and which copy of this document in the order it is (epoch, from 0).
+        Both are -1 for pre-shuffled rows, which do not say where they come from."""
+        if not isinstance(self.rows, Order):
+            return {name: np.full(len(numbers), -1, np.int32) for name in ("document", "epoch")}
+        order = self.rows
+        places = order.sample_idx[order.shuffle_idx[numbers], 0].astype(np.int64)
+        documents = order.doc_idx[places]
+        epochs = (order.inverse.places(documents) < places[:, None]).sum(1)
+        return {"document": documents.astype(np.int32), "epoch": epochs.astype(np.int32)}
 
     def weights_sha256(self, step: int) -> str:
         """A hash of the checksums of all files of a checkpoint but those of state/, which training drops some day."""
@@ -206,16 +218,17 @@ class Study:
                 columns = self._gather(results, count, batch)
                 self.dist.run_on_main(lambda: self._write_part(run, step, keys[step], items | columns))  # noqa: B023
 
-    def finish(self, summarize: Callable[[Run, int, pa.Table], dict]) -> list[dict] | None:
+    def finish(self, summarize: Callable[[Run, int, Columns], dict]) -> list[dict] | None:
         """Write items.parquet, summary.csv and manifest.json. Returns the lines of the summary on the main rank."""
         return self.dist.run_on_main(lambda: self._finish(summarize))
 
     def part(self, run: Run, step: int) -> Path:
         return self.out / "parts" / f"{run.name}-step{step}.parquet"
 
-    def table(self, run: Run, step: int) -> pa.Table:
-        """What was measured under a checkpoint."""
-        return pq.read_table(self.part(run, step))
+    def columns(self, run: Run, step: int) -> Columns:
+        """The items, and what was measured under a checkpoint."""
+        table = pq.read_table(self.part(run, step))
+        return {name: table[name].to_numpy() for name in table.column_names[2:]}  # without run and step
 
     def _keys(self, run: Run, given: Columns) -> dict[int, str]:
         """For each step a hash of what its part depends on."""
@@ -252,17 +265,17 @@ class Study:
             with atomic_write(path.with_suffix(".json"), "w") as file:
                 file.write(json.dumps({"key": key, **checksums(path)}) + "\n")
 
-    def _finish(self, summarize: Callable[[Run, int, pa.Table], dict]) -> list[dict]:
+    def _finish(self, summarize: Callable[[Run, int, Columns], dict]) -> list[dict]:
         summary, weights = [], {}
         path = self.out / "items.parquet"
         with one_line_errors(path), atomic_write(path) as file:
             writer = None
             for run in self.runs:
                 for step in run.steps:
-                    table = self.table(run, step)
+                    table = pq.read_table(self.part(run, step))
                     writer = writer or pq.ParquetWriter(file, table.schema)
                     writer.write_table(table)
-                    summary.append({"run": run.name, "step": step, **summarize(run, step, table)})
+                    summary.append({"run": run.name, "step": step, **summarize(run, step, self.columns(run, step))})
                     weights[f"{run.name}/step{step}"] = run.weights_sha256(step)
             writer.close()
         write_csv(self.out / "summary.csv", summary)
@@ -311,3 +324,11 @@ def write_csv(path: Path, lines: list[dict]) -> None:
         writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of a user's text file that are not empty. Raises UserError."""
+    try:
+        return [line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {reason(error)}") from None

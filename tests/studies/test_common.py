@@ -80,7 +80,7 @@ def study(run: Path, out: Path, dist=Dist(), measured=None, settings=None, flags
     numbers = toy.sample(11)
     items = {name: values[numbers] for name, values in ITEMS.items()}
     toy.measure(toy.runs[0], items, measure_with([] if measured is None else measured), batch=2)
-    return toy.finish(lambda run, step, table: {"mean": float(np.mean(table["logit"].to_numpy()))})
+    return toy.finish(lambda run, step, columns: {"mean": float(np.mean(columns["logit"]))})
 
 
 # ---- the stream
