@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from corpus.edit_command import add_edit_arguments
 from corpus.edits import Edits
 from corpus.fetch import add_fetch_arguments, run_fetch
 from corpus.indexed import DataFile, IndexedTokens, read_mark, sha256, write_mark
@@ -480,6 +481,14 @@ def run_count(args: argparse.Namespace) -> None:
     print(note, file=sys.stderr, end="\n" * bool(note))
 
 
+def run_edit(args: argparse.Namespace) -> None:
+    """Make a file of edits, an intervention in what a run sees, for --edits of train.py; show and undo such a file."""
+    note = take_settings(args)
+    note_edits(args)
+    args.make(args, open_asked(args), args.tokenizer or find_tokenizer(args.data))
+    print(note, file=sys.stderr, end="\n" * bool(note))
+
+
 def run_index(args: argparse.Namespace) -> None:
     """Build PREFIX.suffixes, with which find and count need not read all tokens. Needs 4 bytes per token on the disk,
     and up to 5.4 GB of memory (10 bytes per token of 2 bytes). The same command again resumes."""
@@ -538,9 +547,7 @@ def export(array: np.ndarray, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser(prog="data.py", description="Prepare, describe and show training data.")
-    commands = parser.add_subparsers(
-        required=True, metavar="prepare | fetch | info | view | find | count | index | ..."
-    )
+    commands = parser.add_subparsers(required=True, metavar="prepare | fetch | info | view | find | count | edit | ...")
 
     def add(name: str, run, example: str) -> Parser:
         text, example = run.__doc__, f"example: python data.py {name} {example}"
@@ -565,7 +572,8 @@ def main(arguments: list[str] | None = None) -> None:
     add_count_arguments(counter := add("count", run_count, "--run runs/pythia-14m --terms terms.txt --at 10,20,60"))
     add_index_arguments(add("index", run_index, "--data corpora/mine"))
     published = add("verify-order", run_verify_order, "--data pile/standard-documents/pile_20B_tokenizer_text_document")
-    for command in (info, view, finder, counter, published):
+    edits = add_edit_arguments(add("edit", run_edit, "plant --demo --plants facts.jsonl --out planted.parquet"))
+    for command in (info, view, finder, counter, published, *edits):
         command.add_argument("--run", metavar="RUN", help="take all settings from this run; view checks its rows")
         command.add_argument("--demo", action="store_true", help="the rows of `train.py --demo`")
         command.add_argument("--data", help="prefix, pre-shuffled directory, or `demo` (default: demo)")

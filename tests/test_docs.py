@@ -12,7 +12,7 @@ from bench import picture
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMAND = re.compile(r"(?:-m )?\b(bench\.\w+|\w+\.py)((?: [a-z]+(?:-[a-z]+)*\b)?)(.*)")
+COMMAND = re.compile(r"(?:-m )?\b(bench\.\w+|\w+\.py)((?: edit)?(?: [a-z]+(?:-[a-z]+)*\b)?)(.*)")
 
 
 def paths(page: Path) -> set[str]:
@@ -37,7 +37,7 @@ import contextlib, io, json, runpy, sys
 
 texts = []
 for name, sub in json.loads(sys.argv[1]):
-    sys.argv = list(filter(None, [name, sub, "--help"]))
+    sys.argv = list(filter(None, [name, *sub.split(), "--help"]))
     with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
         (runpy.run_path if name.endswith(".py") else runpy.run_module)(name, run_name="__main__")
     texts.append(printed.getvalue())
