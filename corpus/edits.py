@@ -82,6 +82,8 @@ class Edits:
             if found != schema(self._library):
                 raise ValueError(f"its columns are {', '.join(f'{field.name} {field.type}' for field in found)}")
             stored = self._table.metadata.metadata or {}
+            if missing := [name for name in (*FACTS, "sha256") if name.encode() not in stored]:
+                raise ValueError(f"its metadata lacks {', '.join(missing)}")
             facts = {name: stored[name.encode()].decode() for name in (*FACTS, "sha256")}
             self.order_sha256, self.seq_len, self.command = (
                 facts["order_sha256"],
@@ -146,14 +148,19 @@ class Edits:
 
     def of(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the edits of rows [n]: (index in `numbers` [edits], EDIT [edits])."""
-        found = [(np.zeros(0, np.int64), np.zeros(0, EDIT))]
-        low, high = numbers.min(), numbers.max()
+        found, low, high = [], numbers.min(), numbers.max()
         for k in np.flatnonzero((self._first <= high) & (low <= self._last)).tolist():
             rows, edits = self._group(k)
             begins, ends = np.searchsorted(rows, numbers), np.searchsorted(rows, numbers, "right")
             counts = ends - begins
-            found.append((np.repeat(np.arange(len(numbers)), counts), edits[np.repeat(begins, counts) + ramps(counts)]))
-        which, edits = zip(*found) if len(found) != 2 else ([x] for x in found[1])
+            is_slice = (
+                begins[1:] == ends[:-1]
+            ).all()  # as for all rows of a step; to gather edits takes ten times longer
+            lines = slice(begins[0], ends[-1]) if is_slice else np.repeat(begins, counts) + ramps(counts)
+            found.append((np.repeat(np.arange(len(numbers)), counts), edits[lines]))
+        if len(found) == 1:
+            return found[0]
+        which, edits = zip((np.zeros(0, np.int64), np.zeros(0, EDIT)), *found)
         return np.concatenate(which), np.concatenate(edits)
 
     def apply(self, numbers: np.ndarray, tokens: np.ndarray) -> None:

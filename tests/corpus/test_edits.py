@@ -1,6 +1,7 @@
 """Edits files: applied to rows, in training, in `data.py view`; damaged and wrong ones."""
 
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -131,6 +132,43 @@ def test_files_that_are_no_edits_are_refused_in_one_line(rows, tmp_path, small_g
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"edits files need pyarrow: pip install -e '.\[data\]'"):
         Edits(path)
+
+
+def damaged(raw: bytes, draw: random.Random) -> bytes:
+    """A file with one to four faults, half of them in its last kilobyte, where parquet has its metadata."""
+    changed = bytearray(raw)
+    for _ in range(draw.choice((1, 1, 1, 2, 4))):
+        at = draw.randrange(draw.choice((0, len(changed) - 1000)), len(changed))
+        match draw.randrange(5):
+            case 0:
+                changed[at] ^= 1 << draw.randrange(8)
+            case 1:
+                changed[at : at + 8] = draw.choice((bytes(8), b"\xff" * 8, b"\xff\xff\xff\x7f" * 2, draw.randbytes(8)))
+            case 2:
+                del changed[at : at + draw.randrange(1, 100)]
+            case 3:
+                changed[at:at] = draw.randbytes(draw.randrange(1, 20))
+            case 4:
+                other = draw.randrange(len(changed))
+                changed[at : at + 50] = changed[other : other + 50]
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_no_damage_gives_a_crash_or_a_wrong_edit(rows, tmp_path, small_groups, count):
+    draw, refused = random.Random(count), 0
+    edits = edits_of(rows, random_edits(rows, 60))
+    write_edits(tmp_path / "good.parquet", facts(rows), [edits])
+    raw, path = (tmp_path / "good.parquet").read_bytes(), tmp_path / "bad.parquet"
+    for _ in range(count):
+        path.write_bytes(damaged(raw, draw))
+        try:
+            opened = Edits(path)
+            assert np.concatenate([*opened.groups()]).tobytes() == edits.tobytes()
+            assert {name: getattr(opened, name) for name in facts(rows)} == facts(rows)
+        except UserError as error:
+            refused += str(error).startswith(f"{path}: not an edits file that works (")
+    assert refused > 0.8 * count
 
 
 # ---- training with edits ---------------------------------------------------------------------------------------------
