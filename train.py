@@ -199,6 +199,8 @@ def open_rows(s: Settings, dist: Dist) -> data.Rows:
     open_here = partial(data.open_rows, s.data, samples, s.seq_len, s.seed, s.edits, s.batch_size)
     rows = dist.run_on_main(open_here)  # builds the cache of the order, once for all ranks
     rows = rows if dist.is_main else open_here()
+    if rows.edits and rows.edits.count:
+        rows.take(rows.edits.ends)  # raises now, and not in weeks, if the edits are for other data
     if needed > len(rows):
         raise UserError(f"--steps {s.steps} needs {needed} rows, {s.data} has {len(rows)}: lower --steps")
     return rows

@@ -44,7 +44,8 @@ def show(args: argparse.Namespace, rows: Rows, tokenizer: object) -> None:
         step = block["row"] // args.batch_size
         block = block[(step >= steps.start) & (step < steps.stop)]
         for row, begin in zip(*(array.tolist() for array in np.unique(block["row"], return_index=True))):
-            before, after = rows[row], rows[row]
+            before = rows[row]
+            after = before.copy()
             edits.apply(np.array([row]), after[None])  # raises if these are not the rows of the edits
             here = block[begin : begin + np.searchsorted(block["row"][begin:], row, "right")]
             near = np.where(here["weight"][1:] == 1, GAP, 1)

@@ -29,9 +29,10 @@ LIST_BYTES = 1 << 28  # of a file with texts or numbers
 def step_range(args: argparse.Namespace, rows: Rows) -> range:
     """The steps of --from-step and --to-step, within those that the run serves. Raises UserError if there are none."""
     last = served_rows(rows, args.batch_size, args.steps) // args.batch_size
-    steps = range(args.from_step, last if args.to_step is None else min(args.to_step, last))
-    if not steps or args.from_step < 0:
-        raise UserError(f"--from-step {args.from_step} --to-step {args.to_step}: the run has the steps 0 .. {last - 1}")
+    steps = range(args.from_step, last if args.to_step is None else args.to_step)
+    if not 0 <= steps.start < steps.stop <= last:
+        given = f"--from-step {steps.start} --to-step {steps.stop}"
+        raise UserError(f"{given}: a part of the steps 0 .. {last} of the run is needed")
     return steps
 
 
@@ -49,7 +50,10 @@ def write(args: argparse.Namespace, rows: Rows, blocks: Iterable[np.ndarray]) ->
     """Write the file --out and say what it has. Raises UserError."""
     command = shlex.join(["data.py", *sys.argv[1:]])
     facts = {"order_sha256": rows.sha256, "seq_len": rows.seq_len, "command": command}
-    count = write_edits(args.out, facts, blocks)
+    try:
+        count = write_edits(args.out, facts, blocks)
+    except ValueError as error:  # --weight nan
+        raise UserError(f"{error}; nothing was written") from None
     print(printable(f"{args.out}: {count:,} edits"), file=sys.stderr)
 
 
@@ -84,7 +88,8 @@ def plant(args: argparse.Namespace, rows: Rows, tokenizer: object) -> None:
     """Write texts over tokens of rows, so often and in such steps as a JSON-lines file says. One object a line: text or
     tokens (ids); times (default 1); steps (a list) or from_step and to_step (default: the flags); position in the row
     (default: drawn). The copies are spread evenly over the steps, and rows are drawn. Prints where each copy is."""
-    steps, draw, taken, planted = step_range(args, rows), random.Random(args.draw_seed), {}, []
+    steps, draw, taken = step_range(args, rows), random.Random(args.draw_seed), {}
+    planted, places = [], []
     for number, line in enumerate(read_lines("--plants", args.plants), 1):
         where = f"{args.plants}, line {number}"
         ids, chosen, times, position = read_plant(line, where, steps, rows, tokenizer)
@@ -96,7 +101,7 @@ def plant(args: argparse.Namespace, rows: Rows, tokenizer: object) -> None:
                 raise UserError(f"{where}: no free place in step {step} for one more copy; plant it in more steps")
             planted.append((*place, ids))
             place = {"row": place[0] - served.start, "position": place[1], "tokens": len(ids)}
-            print(json.dumps({"line": number, "step": step, **place}))
+            places.append({"line": number, "step": step, **place})
     if not planted:
         raise UserError(f"--plants {args.plants} has no lines")
     served, begins, texts = zip(*planted)
@@ -105,6 +110,7 @@ def plant(args: argparse.Namespace, rows: Rows, tokenizer: object) -> None:
     edits["row"], edits["new"] = np.repeat(served, lengths), np.concatenate(texts)
     edits["position"] = np.repeat(begins, lengths) + ramps(lengths)
     write(args, rows, with_old(rows, np.sort(edits, order=("row", "position"))))
+    print("\n".join(map(json.dumps, places)))
 
 
 def read_plant(

@@ -54,6 +54,8 @@ def one_line_errors(path: Path, library: ModuleType) -> Iterator[None]:
     """Turn every error of reading a damaged file into a UserError that names it."""
     try:
         yield
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such edits file; give its place as --edits") from None
     except (*READ_ERRORS, MemoryError, NotImplementedError, library.ArrowException) as error:
         line = (reason(error).splitlines() or [repr(error)])[0][:300]
         raise UserError(f"{path}: not an edits file that works ({line}); `python data.py edit` makes one") from None
@@ -108,6 +110,7 @@ class Edits:
         if whole.hexdigest() != facts["sha256"]:
             raise ValueError("its edits are not those that were written")
         self._first, self._last = np.array(bounds, np.int64).reshape(-1, 2).T
+        self.ends = np.unique([*self._first[:1], *self._last[-1:]])  # the first and the last row that has edits
 
     def _read_group(self, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (rows [edits], the edits [edits]) of a row group. Raises UserError if it has changed."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import records
 from megatron import assert_refused, copy_golden, run_data
+from small_runs import STEPS, assert_same_training, launcher, metrics, trained
 
 import data
 from corpus import edits as edits_module
@@ -125,7 +126,7 @@ def test_files_that_are_no_edits_are_refused_in_one_line(rows, tmp_path, small_g
         path.write_bytes(raw)
         with pytest.raises(UserError, match="not an edits file that works"):
             Edits(path)
-    with pytest.raises(UserError, match=r"missing.parquet: .*No such file"):
+    with pytest.raises(UserError, match=r"missing\.parquet: there is no such edits file"):
         Edits(tmp_path / "missing.parquet")
     with pytest.raises(UserError, match=r"No such file.*nothing was written"):
         write_edits(tmp_path / "no" / "e.parquet", facts(rows), [])
@@ -251,9 +252,32 @@ def test_a_branch_has_the_edits_of_its_parent_or_its_own(run, edits_file, tmp_pa
     assert records(branch("--edits", "", out="none")) == records(plain)[4:]
 
 
+def test_edits_for_other_data_are_refused_before_the_first_step(run, edits_file, tmp_path):
+    file = edits_file({(3, 3): (1, 1.0), (30, 7): (99, 1.0)})
+    source = Edits(file)
+    (wrong,) = (edits.copy() for edits in source.groups())
+    wrong["old"][1] += 1
+    about = {"order_sha256": source.order_sha256, "seq_len": 32, "command": ""}
+    write_edits(tmp_path / "wrong.parquet", about, [wrong])
+    with pytest.raises(UserError, match=r"step 7, row 2 \(row 30 of the order\), position 7: .*expects token"):
+        run("--edits", tmp_path / "wrong.parquet")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_token_outside_the_vocabulary_is_refused(run, edits_file):
     with pytest.raises(UserError, match="step 7, row 30, position 7: token id 384 is outside the vocabulary of 384"):
         run("--edits", edits_file({(30, 7): (384, 1.0)}))
+
+
+@pytest.mark.slow
+def test_edits_and_weights_on_two_ranks(corpus, tmp_path):
+    start = launcher(corpus, tmp_path)
+    rows = data.open_rows(corpus, data.requested_samples(STEPS, 12), 32)
+    places = {(r, p): (97, 1.0 if p % 2 else 0.0) for r in range(24, 90, 5) for p in range(3, 20)}
+    write_edits(tmp_path / "e.parquet", facts(rows), [edits_of(rows, places)])
+    one, two = (trained(start(n, "--edits", tmp_path / "e.parquet", out=f"{n}")) for n in (1, 2))
+    assert_same_training(two, one)
+    assert metrics(one)[4]["loss"] != metrics(trained(start(1, out="plain")))[4]["loss"]
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
