@@ -6,6 +6,7 @@ How a token travels:
     document     doc_idx         every document once per epoch; the documents of all epochs are shuffled together
     stream       sample_idx      the documents in that order, end to end, cut every seq_len tokens
     row          shuffle_idx     seq_len + 1 tokens; the rows are shuffled; neighbours in the stream share one token
+    edits        a file (--edits) can change single tokens of rows, and the weights of their losses: corpus/edits.py
     step t       rows [batch_size * t, batch_size * (t + 1)): there is no state to save, so none to restore
     micro-batch  a micro-step takes micro_batch * world_size consecutive rows; rank r gets the r-th micro_batch of them
 

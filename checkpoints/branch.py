@@ -1,7 +1,7 @@
 """A branch: a run of its own that starts from the weights, moments and counters of another run's checkpoint.
 
 The settings of the parent are the defaults of the branch. Size, seed, rows and data cannot change: step t of the branch
-would not see the rows of step t of its parent.
+would not see the rows of step t of its parent. Edits can: they change single tokens of these rows.
 """
 
 import hashlib
