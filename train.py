@@ -1,8 +1,8 @@
 """Train a Pythia from nothing: set-up, and the loop. The flags are in settings.py.
 
 Step t trains on batch(t): rows [1024 t, 1024 (t + 1)) of the shuffled order. So a run is a function of (size, data,
-seed, edits), and resuming means starting at t. Checkpoint stepN has made N steps. Record t of metrics.jsonl has the loss of
-checkpoint stepT on batch(t), and `python data.py view --step t` shows that batch.
+seed, edits), and resuming means starting at t. Checkpoint stepN has made N steps. Record t of metrics.jsonl has the
+loss of checkpoint stepT on batch(t), and `python data.py view --step t` shows that batch.
 """
 
 import math
