@@ -16,10 +16,9 @@ from torch import Tensor
 from corpus.tokenizer import load_tokenizer, tokenizer_errors
 from model import KVCache, Pythia
 from model.huggingface import load
+from model.sizes import END_OF_TEXT
 from runtime.errors import Parser, UserError, printable, run_command
 from runtime.manifests import saved_steps
-
-END_OF_TEXT = 0
 
 
 @torch.inference_mode()

@@ -16,6 +16,10 @@ Forward saves lse[p], the log-sum-exp of scores[p]. Backward computes the weight
     d_k'[s]       = sum over p of d_scores[p, s] q'[p] / sqrt(head_dim)
 
 d_q and d_k are d_q' and d_k' rotated back. As in FlashAttention (arXiv:2205.14135), no kernel writes scores to memory.
+
+With `documents`, a position sees only its own document: the scores of all s before the start of the document of p are
+-inf too. Positions still count from the start of the row. A score depends only on p - s, so to count them from the
+start of the document would change nothing but rounding.
 """
 
 import torch
@@ -31,9 +35,25 @@ from kernels.rotary import RotateQKV, rotate_in_place
 # ---- reference -------------------------------------------------------------------------------------------------------
 
 
-def rotary_attention_reference(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotary_attention_reference(qkv: Tensor, cos: Tensor, sin: Tensor, documents: Tensor | None = None) -> Tensor:
     q, k, v = RotateQKV.apply(qkv, cos, sin)  # [batch, heads, seq, head_dim] each
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    if documents is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    starts, positions = documents[0], torch.arange(qkv.shape[1], device=qkv.device)
+    mask = ((positions >= starts[:, :, None]) & (positions <= positions[:, None]))[:, None]  # [batch, 1, query, key]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def document_bounds(tokens: Tensor, end_of_text: int) -> Tensor:
+    """Where the document of every token of tokens [batch, seq] starts and ends in its row: int32 [2, batch, seq].
+
+    A document ends with the token end_of_text; the end is the position after it. A row starts in the middle of one.
+    """
+    seq, is_last = tokens.shape[1], tokens == end_of_text
+    positions = torch.arange(seq, dtype=torch.int32, device=tokens.device)
+    starts = (positions * F.pad(is_last[:, :-1], (1, 0))).cummax(1).values
+    ends = (positions + 1).expand_as(tokens).masked_fill(~is_last, seq).flip(1).cummin(1).values.flip(1)
+    return torch.stack((starts, ends))
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
@@ -51,6 +71,10 @@ def rotary_attention_reference(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # first and the second column chunk of tensor X. X_tail_ptr is None if there is one chunk.
 #
 # Every program owns the tile that it writes: no atomics, one order of summation, the same bits in every run.
+#
+# starts_ptr and ends_ptr are None without documents; then the compiler sees nothing of what they are for. With them,
+# loops leave out the tiles in which no query sees a key: they begin at the document of the first query, or end with
+# that of the last key.
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -107,8 +131,22 @@ def _accumulate(tile, weights, x):
 
 
 @triton.jit
+def _document_starts(starts_ptr, batch, seq, start, queries, BLOCK_K: tl.constexpr):
+    """The first tile of keys that the query `start` sees, and where the documents of `queries` start, [BLOCK_Q]."""
+    starts_ptr += batch.to(tl.int64) * seq
+    return tl.load(starts_ptr + start) // BLOCK_K * BLOCK_K, tl.load(starts_ptr + queries, queries < seq, other=0)
+
+
+@triton.jit
+def _document_ends(ends_ptr, batch, seq, start, keys, BLOCK_K: tl.constexpr):
+    """The end of the document of the last of `keys`, which start at `start`, and of all of them, [BLOCK_K]."""
+    ends_ptr += batch.to(tl.int64) * seq
+    return tl.load(ends_ptr + tl.minimum(start + BLOCK_K, seq) - 1), tl.load(ends_ptr + keys, keys < seq, other=0)
+
+
+@triton.jit
 def attention_forward_kernel(
-    q_ptr, q_tail_ptr, kv_ptr, kv_tail_ptr, out_ptr, out_tail_ptr, lse_ptr, seq,
+    q_ptr, q_tail_ptr, kv_ptr, kv_tail_ptr, out_ptr, out_tail_ptr, lse_ptr, starts_ptr, seq,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The output of one block of queries, by the online softmax of Milakov & Gimelshein 2018 (arXiv:1805.02867).
@@ -116,6 +154,7 @@ def attention_forward_kernel(
     q_ptr, kv_ptr  [batch, seq, HEADS, 3, HEAD_DIM], qkv with rotated queries and keys, in tiles of queries and of keys
     out_ptr        [batch, seq, HEADS, HEAD_DIM], output
     lse_ptr        [batch, HEADS, seq] float32, output: log-sum-exp of the scores in base 2, log2(e) times the natural
+    starts_ptr     [batch, seq] int32, where the document of a position starts, or None
 
     The sum and the output of a row are relative to its largest score so far, and shrink when a larger one appears.
     """
@@ -132,14 +171,20 @@ def attention_forward_kernel(
     queries = start + tl.arange(0, BLOCK_Q)
 
     q_tile = _load(q, batch, start, 3 * column)
-    row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)  # of the scaled scores
+    first, lowest = 0, float("-inf")
+    if starts_ptr is not None:
+        first, starts = _document_starts(starts_ptr, batch, seq, start, queries, BLOCK_K)
+        lowest = -3e38  # finite, because a query may see no key of the first tiles: -inf minus -inf is not a number
+    row_max = tl.full([BLOCK_Q], lowest, tl.float32)  # of the scaled scores
     row_sum = tl.zeros([BLOCK_Q], tl.float32)
     acc = [tl.zeros(x.shape, tl.float32) for x in q_tile]
     for diagonal in tl.static_range(2):  # first the keys that all queries see, without a mask, then the others
-        for key in tl.range(start * diagonal, tl.minimum(start + BLOCK_Q * diagonal, seq), BLOCK_K):
+        for key in tl.range(start if diagonal else first, tl.minimum(start + BLOCK_Q * diagonal, seq), BLOCK_K):
             scores = _dot_transposed(q_tile, _load(kv, batch, key, 3 * column + HEAD_DIM))  # [BLOCK_Q, BLOCK_K]
             if diagonal:
                 scores = tl.where(queries[:, None] >= (key + tl.arange(0, BLOCK_K))[None, :], scores, float("-inf"))
+            if starts_ptr is not None:
+                scores = tl.where(starts[:, None] <= (key + tl.arange(0, BLOCK_K))[None, :], scores, float("-inf"))
             new_max = tl.maximum(row_max, tl.max(scores, 1) * SCALE)
             p = tl.exp2(scores * SCALE - new_max[:, None])
             shrink = tl.exp2(row_max - new_max)
@@ -154,7 +199,7 @@ def attention_forward_kernel(
 @triton.jit
 def attention_dq_kernel(
     q_ptr, q_tail_ptr, kv_ptr, kv_tail_ptr, out_ptr, out_tail_ptr, d_out_ptr, d_out_tail_ptr,
-    d_qkv_ptr, d_qkv_tail_ptr, lse_ptr, delta_ptr, seq,
+    d_qkv_ptr, d_qkv_tail_ptr, lse_ptr, delta_ptr, starts_ptr, seq,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one block of queries, and their delta for attention_dkv_kernel, which runs next.
@@ -164,6 +209,7 @@ def attention_dq_kernel(
     d_qkv_ptr           [batch, seq, HEADS, 3, HEAD_DIM], output: the gradient of rotated queries
     lse_ptr             [batch, HEADS, seq] float32, from forward
     delta_ptr           [batch, HEADS, seq] float32, output
+    starts_ptr          [batch, seq] int32 or None, as in forward
     """
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     SCALE: tl.constexpr = LOG2_E * HEAD_DIM**-0.5
@@ -190,12 +236,17 @@ def attention_dq_kernel(
     q_tile = _load(q, batch, start, 3 * column)
     lse = tl.load(lse_ptr + offsets, queries < seq, other=0.0)
     dq = [tl.zeros(x.shape, tl.float32) for x in q_tile]
+    first = 0
+    if starts_ptr is not None:
+        first, starts = _document_starts(starts_ptr, batch, seq, start, queries, BLOCK_K)
     for diagonal in tl.static_range(2):
-        for key in tl.range(start * diagonal, tl.minimum(start + BLOCK_Q * diagonal, seq), BLOCK_K):
+        for key in tl.range(start if diagonal else first, tl.minimum(start + BLOCK_Q * diagonal, seq), BLOCK_K):
             k_tile = _load(kv, batch, key, 3 * column + HEAD_DIM)
             p = tl.exp2(_dot_transposed(q_tile, k_tile) * SCALE - lse[:, None])  # [BLOCK_Q, BLOCK_K]
             if diagonal:
                 p = tl.where(queries[:, None] >= (key + tl.arange(0, BLOCK_K))[None, :], p, 0.0)
+            if starts_ptr is not None:
+                p = tl.where(starts[:, None] <= (key + tl.arange(0, BLOCK_K))[None, :], p, 0.0)
             dp = _dot_transposed(d_out_tile, _load(kv, batch, key, 3 * column + 2 * HEAD_DIM))
             dq = _accumulate(dq, p * (dp - delta[:, None]), k_tile)
     _store(d_qkv, batch, start, 3 * column, [x * HEAD_DIM**-0.5 for x in dq])
@@ -204,7 +255,7 @@ def attention_dq_kernel(
 @triton.jit
 def attention_dkv_kernel(
     q_ptr, q_tail_ptr, kv_ptr, kv_tail_ptr, d_out_ptr, d_out_tail_ptr,
-    d_qkv_ptr, d_qkv_tail_ptr, lse_ptr, delta_ptr, seq,
+    d_qkv_ptr, d_qkv_tail_ptr, lse_ptr, delta_ptr, ends_ptr, seq,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
@@ -214,6 +265,7 @@ def attention_dkv_kernel(
     d_out_ptr           [batch, seq, HEADS, HEAD_DIM], gradient of the output
     d_qkv_ptr           [batch, seq, HEADS, 3, HEAD_DIM], output: the gradients of rotated keys and of values
     lse_ptr, delta_ptr  [batch, HEADS, seq] float32, from forward and from attention_dq_kernel
+    ends_ptr            [batch, seq] int32, the position after the document of a position, or None
 
     Scores are computed as [keys, queries], so p^T and ds^T are left operands of a dot without a transposition. To
     transpose the result of a dot in registers is slow, and wrong on Hopper before Triton 3.7.1.
@@ -236,9 +288,11 @@ def attention_dkv_kernel(
         v_tile = _load(kv, batch, start, 3 * column + 2 * HEAD_DIM)
     dk = [tl.zeros(x.shape, tl.float32) for x in k_tile]
     dv = [tl.zeros(x.shape, tl.float32) for x in k_tile]
+    end = seq
+    if ends_ptr is not None:
+        end, ends = _document_ends(ends_ptr, batch, seq, start, keys, BLOCK_K)
     for past in tl.static_range(2):  # first the queries of these positions, with a mask, then those behind them
-        last = seq if past else tl.minimum(start + BLOCK_K, seq)
-        for query in tl.range(start + BLOCK_K * past, last, BLOCK_Q):
+        for query in tl.range(start + BLOCK_K * past, end if past else tl.minimum(start + BLOCK_K, seq), BLOCK_Q):
             queries = query + tl.arange(0, BLOCK_Q)
             offsets = row.to(tl.int64) * seq + queries
             q_tile = _load(q, batch, query, 3 * column)
@@ -246,6 +300,8 @@ def attention_dkv_kernel(
             p = tl.exp2(_dot_transposed(k_tile, q_tile) * SCALE - lse[None, :])  # [BLOCK_K, BLOCK_Q]
             if not past:
                 p = tl.where(queries[None, :] >= keys[:, None], p, 0.0)
+            if ends_ptr is not None:
+                p = tl.where(queries[None, :] < ends[:, None], p, 0.0)
             d_out_tile = _load(d_out, batch, query, column)
             if DV:
                 dv = _accumulate(dv, p, d_out_tile)
@@ -287,29 +343,44 @@ def _programs(qkv: Tensor, rows: int) -> tuple[int]:
     return (triton.cdiv(seq, rows) * batch * heads,)
 
 
-def launch_forward(qkv: Tensor, out: Tensor, lse: Tensor, tile: tiles.Tile) -> None:
+def launch_forward(qkv: Tensor, out: Tensor, lse: Tensor, tile: tiles.Tile, starts: Tensor | None = None) -> None:
     """Write out and lse. The shapes of all three launches are in the docstrings of their kernels."""
     q, k = tile.block_q, tile.block_k
     arguments = _arguments(qkv, tile, q=(qkv, q), kv=(qkv, k), out=(out, q))
-    attention_forward_kernel[_programs(qkv, q)](**arguments, lse_ptr=lse)
+    attention_forward_kernel[_programs(qkv, q)](**arguments, lse_ptr=lse, starts_ptr=starts)
 
 
 def launch_dq(
-    qkv: Tensor, out: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, d_qkv: Tensor, tile: tiles.Tile
+    qkv: Tensor,
+    out: Tensor,
+    d_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    d_qkv: Tensor,
+    tile: tiles.Tile,
+    starts: Tensor | None = None,
 ) -> None:
     """Write delta, and the queries' part of d_qkv."""
     q, k = tile.block_q, tile.block_k
     arguments = _arguments(qkv, tile, q=(qkv, q), kv=(qkv, k), out=(out, q), d_out=(d_out, q), d_qkv=(d_qkv, q))
-    attention_dq_kernel[_programs(qkv, q)](**arguments, lse_ptr=lse, delta_ptr=delta)
+    attention_dq_kernel[_programs(qkv, q)](**arguments, lse_ptr=lse, delta_ptr=delta, starts_ptr=starts)
 
 
 def launch_dkv(
-    qkv: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, d_qkv: Tensor, tile: tiles.Tile, dk: bool, dv: bool
+    qkv: Tensor,
+    d_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    d_qkv: Tensor,
+    tile: tiles.Tile,
+    dk: bool,
+    dv: bool,
+    ends: Tensor | None = None,
 ) -> None:
     """Write the keys' part of d_qkv (if dk) and the values' part (if dv)."""
     q, k = tile.block_q, tile.block_k
     arguments = _arguments(qkv, tile, q=(qkv, q), kv=(qkv, k), d_out=(d_out, q), d_qkv=(d_qkv, k))
-    attention_dkv_kernel[_programs(qkv, k)](**arguments, lse_ptr=lse, delta_ptr=delta, DK=dk, DV=dv)
+    attention_dkv_kernel[_programs(qkv, k)](**arguments, lse_ptr=lse, delta_ptr=delta, ends_ptr=ends, DK=dk, DV=dv)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -328,25 +399,29 @@ def _launches(qkv: Tensor) -> tiles.Attention:
     return tiles.attention(tiles.architecture(qkv.device), qkv.shape[4], qkv.dtype)
 
 
-def _attend(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _attend(qkv: Tensor, cos: Tensor, sin: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Rotate qkv in place. Returns out [batch, seq, heads, head_dim], qkv, and lse [batch, heads, seq] in base 2."""
     out, lse = _empty(qkv)
+    starts = None if documents is None else documents[0]
     with torch.cuda.device_of(qkv):  # Triton launches on the current device
         rotate_in_place(qkv, cos, sin)
-        launch_forward(qkv, out, lse, _launches(qkv).forward)
+        launch_forward(qkv, out, lse, _launches(qkv).forward, starts)
     return out, qkv, lse
 
 
-def _attend_backward(cos: Tensor, sin: Tensor, out: Tensor, qkv: Tensor, lse: Tensor, d_out: Tensor) -> Tensor:
+def _attend_backward(
+    cos: Tensor, sin: Tensor, documents: Tensor | None, out: Tensor, qkv: Tensor, lse: Tensor, d_out: Tensor
+) -> Tensor:
     """The gradient of qkv as it was before _attend rotated it, in its layout."""
     qkv, out, d_out = _aligned(qkv), _aligned(out), _aligned(d_out)
     d_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
+    starts, ends = (None, None) if documents is None else documents
     _, dq, dk, dv = _launches(qkv)
     with torch.cuda.device_of(qkv):
-        launch_dq(qkv, out, d_out, lse, delta, d_qkv, dq)
-        launch_dkv(qkv, d_out, lse, delta, d_qkv, dk, dk=True, dv=dv is None)
+        launch_dq(qkv, out, d_out, lse, delta, d_qkv, dq, starts)
+        launch_dkv(qkv, d_out, lse, delta, d_qkv, dk, dk=True, dv=dv is None, ends=ends)
         if dv is not None:
-            launch_dkv(qkv, d_out, lse, delta, d_qkv, dv, dk=False, dv=True)
+            launch_dkv(qkv, d_out, lse, delta, d_qkv, dv, dk=False, dv=True, ends=ends)
         rotate_in_place(d_qkv, cos, sin, direction=-1.0)
     return d_qkv
 
@@ -357,32 +432,42 @@ def _attend_backward(cos: Tensor, sin: Tensor, out: Tensor, qkv: Tensor, lse: Te
 
 
 @torch.library.custom_op("tripod::rotated_attention", mutates_args=())
-def _rotated_attention(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _rotated_attention(
+    qkv: Tensor, cos: Tensor, sin: Tensor, documents: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """out, a rotated copy of qkv, and lse."""
-    return _attend(qkv.clone(memory_format=torch.contiguous_format), cos, sin)
+    return _attend(qkv.clone(memory_format=torch.contiguous_format), cos, sin, documents)
 
 
 @torch.library.custom_op("tripod::linear_rotary_attention", mutates_args=())
 def _linear_rotary_attention(
-    x: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, heads: int
+    x: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, heads: int, documents: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same for qkv = x @ weight.T + bias."""
-    return _attend(matmul(x, weight, bias).unflatten(-1, (heads, 3, -1)), cos, sin)
+    return _attend(matmul(x, weight, bias).unflatten(-1, (heads, 3, -1)), cos, sin, documents)
 
 
 @torch.library.custom_op("tripod::rotated_attention_backward", mutates_args=())
 def _rotated_attention_backward(
-    cos: Tensor, sin: Tensor, out: Tensor, qkv: Tensor, lse: Tensor, d_out: Tensor
+    cos: Tensor, sin: Tensor, documents: Tensor | None, out: Tensor, qkv: Tensor, lse: Tensor, d_out: Tensor
 ) -> Tensor:
-    return _attend_backward(cos, sin, out, qkv, lse, d_out)
+    return _attend_backward(cos, sin, documents, out, qkv, lse, d_out)
 
 
 @torch.library.custom_op("tripod::linear_rotary_attention_backward", mutates_args=())
 def _linear_rotary_attention_backward(
-    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, out: Tensor, qkv: Tensor, lse: Tensor, d_out: Tensor
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    documents: Tensor | None,
+    out: Tensor,
+    qkv: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, weight and bias."""
-    d_qkv = _attend_backward(cos, sin, out, qkv, lse, d_out).flatten(2)  # [batch, seq, 3 * heads * head_dim]
+    d_qkv = _attend_backward(cos, sin, documents, out, qkv, lse, d_out).flatten(2)  # [batch, seq, 3 * heads * head_dim]
     rows = d_qkv.flatten(0, 1)
     return matmul(d_qkv, weight.T), rows.T @ x.flatten(0, 1), rows.sum(0)
 
@@ -399,20 +484,20 @@ def _save(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]
 
 
 _rotated_attention.register_fake(_outputs)
-_rotated_attention_backward.register_fake(lambda cos, sin, out, qkv, *_: torch.empty_like(qkv))
+_rotated_attention_backward.register_fake(lambda cos, sin, documents, out, qkv, *_: torch.empty_like(qkv))
 _rotated_attention.register_autograd(
-    lambda ctx, d_out, *_: (_rotated_attention_backward(*ctx.saved_tensors, d_out), None, None),
+    lambda ctx, d_out, *_: (_rotated_attention_backward(*ctx.saved_tensors, d_out), None, None, None),
     setup_context=lambda ctx, inputs, output: _save(ctx, inputs[1:], output),
 )
 _linear_rotary_attention.register_fake(
-    lambda x, weight, bias, cos, sin, heads: _outputs(x.new_empty(_qkv_shape(x, weight, heads)))
+    lambda x, weight, bias, cos, sin, heads, documents=None: _outputs(x.new_empty(_qkv_shape(x, weight, heads)))
 )
 _linear_rotary_attention_backward.register_fake(
     lambda x, weight, *_: (torch.empty_like(x), torch.empty_like(weight), weight.new_empty(len(weight)))
 )
 _linear_rotary_attention.register_autograd(
-    lambda ctx, d_out, *_: (*_linear_rotary_attention_backward(*ctx.saved_tensors, d_out), None, None, None),
-    setup_context=lambda ctx, inputs, output: _save(ctx, (*inputs[:2], *inputs[3:5]), output),
+    lambda ctx, d_out, *_: (*_linear_rotary_attention_backward(*ctx.saved_tensors, d_out), *[None] * 4),
+    setup_context=lambda ctx, inputs, output: _save(ctx, (*inputs[:2], *inputs[3:5], inputs[6]), output),
 )
 
 
@@ -420,8 +505,8 @@ def _qkv_shape(x: Tensor, weight: Tensor, heads: int) -> tuple[int, ...]:
     return *x.shape[:-1], heads, 3, len(weight) // (3 * heads)
 
 
-def _check(shape: tuple[int, ...], x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Check qkv, of this shape and with the dtype and device of x, and the tables."""
+def _check(shape: tuple[int, ...], x: Tensor, cos: Tensor, sin: Tensor, documents: Tensor | None) -> None:
+    """Check qkv, of this shape and with the dtype and device of x, the tables and the bounds of the documents."""
     if len(shape) != 5 or shape[3] != 3:
         raise ValueError(f"qkv must be [batch, seq, heads, 3, head_dim], not {list(shape)}")
     if cos.shape != sin.shape or cos.dim() != 2 or cos.shape[0] != shape[1] or 2 * cos.shape[1] > shape[4]:
@@ -429,6 +514,10 @@ def _check(shape: tuple[int, ...], x: Tensor, cos: Tensor, sin: Tensor) -> None:
         raise ValueError(f"cos and sin must be {wanted}, not {list(cos.shape)} and {list(sin.shape)}")
     if x.device != cos.device or x.device != sin.device:
         raise ValueError(f"qkv, cos and sin must be on one device, not {x.device}, {cos.device} and {sin.device}")
+    if documents is not None:
+        found = (documents.dtype, documents.device, list(documents.shape), documents.is_contiguous())
+        if found != (torch.int32, x.device, [2, *shape[:2]], True):
+            raise ValueError(f"documents must be contiguous int32 {[2, *shape[:2]]} on {x.device}: see document_bounds")
     if triton_runs(x, dots=True):
         _check_for_kernels(shape, x, cos, sin)
 
@@ -446,24 +535,27 @@ def _check_for_kernels(shape: tuple[int, ...], x: Tensor, cos: Tensor, sin: Tens
             raise ValueError(f"{name} must be contiguous float32, not {table.dtype}, strides {list(table.stride())}")
 
 
-def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, documents: Tensor | None = None) -> Tensor:
     """Causal attention of rotated queries and keys: [batch, seq, heads, head_dim] in the dtype of qkv.
 
     qkv [batch, seq, heads, 3, head_dim] is the output of the fused projection; cos and sin are [seq, rotary_dim / 2].
+    With documents, the result of document_bounds, attention does not cross the ends of documents.
     Raises ValueError if an argument does not fit. The kernels also require float32 tables and a head_dim of CHUNKS.
     """
-    _check(qkv.shape, qkv, cos, sin)
+    _check(qkv.shape, qkv, cos, sin, documents)
     if triton_runs(qkv, dots=True):
-        return _rotated_attention(qkv, cos, sin)[0]
-    return (short_attention if short_attention_runs(qkv) else rotary_attention_reference)(qkv, cos, sin)
+        return _rotated_attention(qkv, cos, sin, documents)[0]
+    return (short_attention if short_attention_runs(qkv) else rotary_attention_reference)(qkv, cos, sin, documents)
 
 
-def linear_rotary_attention(x: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+def linear_rotary_attention(
+    x: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, heads: int, documents: Tensor | None = None
+) -> Tensor:
     """rotary_attention of qkv = x @ weight.T + bias, which is rotated in place: [batch, seq, heads, head_dim].
 
     x is [batch, seq, in], weight [3 * heads * head_dim, in] and bias [3 * heads * head_dim], cast to the dtype of x.
     """
     if not triton_runs(x, dots=True):
-        return rotary_attention(linear(x, weight, bias).unflatten(-1, (heads, 3, -1)), cos, sin)
-    _check(_qkv_shape(x, weight, heads), x, cos, sin)
-    return _linear_rotary_attention(x, weight.to(x.dtype), bias.to(x.dtype), cos, sin, heads)[0]
+        return rotary_attention(linear(x, weight, bias).unflatten(-1, (heads, 3, -1)), cos, sin, documents)
+    _check(_qkv_shape(x, weight, heads), x, cos, sin, documents)
+    return _linear_rotary_attention(x, weight.to(x.dtype), bias.to(x.dtype), cos, sin, heads, documents)[0]

@@ -24,13 +24,15 @@ def short_attention_runs(qkv: Tensor) -> bool:
     return qkv.device.type == "cpu" and qkv.dtype != torch.float64 and qkv.shape[1] <= SHORT_SEQ
 
 
-def short_attention(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def short_attention(qkv: Tensor, cos: Tensor, sin: Tensor, documents: Tensor | None = None) -> Tensor:
     """Causal attention of rotated queries and keys, [batch, seq, heads, head_dim]."""
-    return _short_attention(qkv, cos, sin)[0]
+    return _short_attention(qkv, cos, sin, documents)[0]
 
 
 @torch.library.custom_op("tripod::short_attention", mutates_args=())
-def _short_attention(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _short_attention(
+    qkv: Tensor, cos: Tensor, sin: Tensor, documents: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """out [batch, seq, heads, head_dim], and what backward needs.
 
     These are rotated queries, rotated keys and values in one tensor [3, batch * heads, seq, head_dim], and the
@@ -50,6 +52,9 @@ def _short_attention(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
         scores = p if p.dtype == torch.float32 else torch.empty_like(p, dtype=torch.float32)
         torch.bmm(q[:, rows], k[:, : rows.stop].mT, out=scores)  # [batch * heads, block, keys]
         scores[:, :, rows] += future[: p.shape[1], : p.shape[1]]
+        if documents is not None:
+            other = torch.arange(rows.stop) < documents[0, :, None, rows, None]  # [batch, 1, block, keys]
+            scores.view(batch, heads, *p.shape[1:]).masked_fill_(other, -torch.inf)
         torch.softmax(scores, dim=-1, out=scores)
         p.copy_(scores)
         out[:, rows] = p @ v[:, : rows.stop]
@@ -78,7 +83,7 @@ def _pairs(seq: int, dtype: torch.dtype) -> int:
 
 
 @_short_attention.register_fake
-def _(qkv, cos, sin):
+def _(qkv, cos, sin, documents=None):
     batch, seq, heads, _, head_dim = qkv.shape
     rotated, probabilities = (3, batch * heads, seq, head_dim), batch * heads * _pairs(seq, qkv.dtype)
     return qkv.new_empty(batch, seq, heads, head_dim), qkv.new_empty(rotated), qkv.new_empty(probabilities)
@@ -109,6 +114,6 @@ def _(d_out, rotated, probabilities, cos, sin):
 
 
 _short_attention.register_autograd(
-    lambda ctx, d_out, *_: (_short_attention_backward(d_out, *ctx.saved_tensors), None, None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*output[1:], *inputs[1:]),
+    lambda ctx, d_out, *_: (_short_attention_backward(d_out, *ctx.saved_tensors), None, None, None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*output[1:], *inputs[1:3]),
 )

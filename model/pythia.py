@@ -22,13 +22,14 @@ from kernels import (
     add_dual_layer_norm,
     add_layer_norm,
     bias_gelu,
+    document_bounds,
     linear,
     linear_cross_entropy,
     linear_rotary_attention,
     rotary_tables,
     rotate,
 )
-from model.sizes import Config
+from model.sizes import END_OF_TEXT, Config
 
 
 class Affine(nn.Module):
@@ -82,11 +83,11 @@ class Block(nn.Module):
         self.mlp_in = Affine(config.ffn, config.hidden)
         self.mlp_out = Affine(config.hidden, config.ffn)
 
-    def attention(self, u: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+    def attention(self, u: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, documents: Tensor | None) -> Tensor:
         """[batch, seq, hidden] -> [batch, seq, hidden], without the bias of attn_out."""
         heads, projection = self.config.heads, (self.qkv.weight, self.qkv.bias)
         if cache is None:
-            out = linear_rotary_attention(u, *projection, cos, sin, heads)  # [batch, seq, heads, head_dim]
+            out = linear_rotary_attention(u, *projection, cos, sin, heads, documents)  # [batch, seq, heads, head_dim]
         else:
             out = cache.attend(linear(u, *projection).unflatten(-1, (heads, 3, -1)), cos, sin)
         return linear(out.flatten(-2), self.attn_out.weight)
@@ -96,15 +97,20 @@ class Block(nn.Module):
         h = linear(v, self.mlp_in.weight)  # [batch, seq, ffn]
         return linear(bias_gelu(h, self.mlp_in.bias, self.config.gelu), self.mlp_out.weight)
 
-    def forward(self, terms: Terms, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Terms:
-        """The terms of the layer before -> the terms of this layer. cos, sin: [seq, rotary_dim / 2]."""
+    def forward(
+        self, terms: Terms, cos: Tensor, sin: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
+    ) -> Terms:
+        """The terms of the layer before -> the terms of this layer. cos, sin: [seq, rotary_dim / 2].
+
+        documents: the bounds of documents that attention does not cross (kernels.document_bounds); not with a cache.
+        """
         norm1, norm2 = (self.norm1.weight, self.norm1.bias), (self.norm2.weight, self.norm2.bias)
         x, attn, mlp, bias = terms
         if self.config.parallel:
             x, u, v = add_dual_layer_norm(x, attn, mlp, *norm1, *norm2, self.config.eps, bias)
-            return x, self.attention(u, cos, sin, cache), self.mlp(v), self.attn_out.bias + self.mlp_out.bias
+            return x, self.attention(u, cos, sin, cache, documents), self.mlp(v), self.attn_out.bias + self.mlp_out.bias
         x, u = add_layer_norm(x, attn, mlp, *norm1, self.config.eps, bias)
-        attn = self.attention(u, cos, sin, cache)
+        attn = self.attention(u, cos, sin, cache, documents)
         x, v = add_layer_norm(x, attn, None, *norm2, self.config.eps, self.attn_out.bias)
         return x, None, self.mlp(v), self.mlp_out.bias.clone()
 
@@ -112,8 +118,9 @@ class Block(nn.Module):
 class Pythia(nn.Module):
     """A Pythia of the given shape, initialised as published from `seed` (unless built on the meta device).
 
-    `compute_dtype` is the dtype of activations and matmuls; None: the dtype of the parameters. Raises ValueError if
-    hidden is not a multiple of heads.
+    `compute_dtype` is the dtype of activations and matmuls; None: the dtype of the parameters. With `document_mask`
+    attention does not cross the ends of documents, except with caches. Raises ValueError if hidden is not a multiple of
+    heads.
     """
 
     def __init__(self, config: Config, seed: int = 1234):
@@ -122,6 +129,7 @@ class Pythia(nn.Module):
             raise ValueError(f"hidden {config.hidden} is not a multiple of heads {config.heads}")
         self.config = config
         self.compute_dtype: torch.dtype | None = None
+        self.document_mask = False
         self.embed = nn.Parameter(torch.empty(config.vocab, config.hidden))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.final_norm = Affine(config.hidden)
@@ -161,9 +169,10 @@ class Pythia(nn.Module):
         table_len = -(-end // self.config.seq_len) * self.config.seq_len  # few different tables
         cos, sin = _tables(self.config, table_len, x.dtype, x.device)
         cos, sin = cos[start:end], sin[start:end]
+        documents = document_bounds(tokens, END_OF_TEXT) if self.document_mask else None
         terms = x, None, None, None
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
-            terms = block(terms, cos, sin, cache)
+            terms = block(terms, cos, sin, cache, documents)
         x, attn, mlp, bias = terms
         return add_layer_norm(x, attn, mlp, self.final_norm.weight, self.final_norm.bias, self.config.eps, bias)[1]
 

@@ -8,6 +8,7 @@ nano, is none of the suite.
 import re
 from dataclasses import dataclass
 
+END_OF_TEXT = 0  # id of <|endoftext|>, the last token of every document
 VOCAB_USED = 50_277  # ids of the tokenizer; `vocab` is padded to a multiple of 128 x tensor-parallel ranks
 
 

@@ -36,6 +36,7 @@ class Case:
     dtype: str = "float16"
     layers: int = 2
     cast: bool = False  # parameters have this dtype, as FSDP casts them; else float32
+    documents: bool = False  # --document-mask
     misaligned: bool = False  # tensors that torch makes do not begin at a multiple of 16 bytes
 
 
@@ -155,7 +156,7 @@ def launches(case: Case) -> list[Launch]:
     record_launches(found)
     with torch.device("meta"):
         model = Pythia(replace(SIZES[case.size], layers=case.layers, seq_len=case.seq))
-    model.compute_dtype = getattr(torch, case.dtype)
+    model.compute_dtype, model.document_mask = getattr(torch, case.dtype), case.documents
     with Skip(case.misaligned):
         model.to_empty(device="cpu")
         if case.cast:

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from kernels import attention, backend, linear_rotary_attention, rotary_attention, rotary_tables, rotate, tiles
+from kernels import (
+    attention,
+    backend,
+    document_bounds,
+    linear_rotary_attention,
+    rotary_attention,
+    rotary_tables,
+    rotate,
+    tiles,
+)
 from kernels.tiles import Attention, Tile
 from model import SIZES, Pythia
 from parallel.recompute import set_recompute
@@ -47,9 +56,17 @@ def draw(
     return qkv.to(device, dtype), *tables, d_out.to(device, dtype)
 
 
-def results(qkv: Tensor, cos: Tensor, sin: Tensor, d_out: Tensor) -> dict[str, Tensor]:
+def documents_with_last_tokens_at(*positions: tuple[int, ...], seq: int, device: torch.device) -> Tensor:
+    """The bounds of documents in rows of `seq` tokens: for every row the positions at which a document ends."""
+    tokens = torch.ones(len(positions), seq, dtype=torch.int64)
+    for row, last in zip(tokens, positions):
+        row[list(last)] = 0
+    return document_bounds(tokens.to(device), 0)
+
+
+def results(qkv: Tensor, cos: Tensor, sin: Tensor, d_out: Tensor, documents: Tensor | None = None) -> dict[str, Tensor]:
     qkv = qkv.detach().requires_grad_()
-    out = rotary_attention(qkv, cos, sin)
+    out = rotary_attention(qkv, cos, sin, documents)
     out.backward(d_out)
     return dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *qkv.grad.unbind(3))))
 
@@ -67,7 +84,7 @@ def errors(found: dict[str, Tensor], *inputs: Tensor, size: float = 0.0) -> dict
     Large scores choose one key, and leave next to no gradient of queries and keys: then `size`, that of queries and
     keys, says how large the products are of which it is the difference.
     """
-    exact = by_definition(*(x.double() for x in inputs))
+    exact = by_definition(*(x.double() if x.is_floating_point() else x for x in inputs))
     norms = {name: x.norm() for name, x in exact.items()}
     norms |= {name: max(norms[name], size * norms["dv"]) for name in ("dq", "dk")}
     return {name: ((found[name] - exact[name]).norm() / norms[name]).item() for name in exact}
@@ -197,6 +214,61 @@ def test_the_same_bits_every_time(head_dim, device):
     assert all(map(torch.equal, inputs, kept)), "an input was written to"
 
 
+# Documents that end nowhere; at the borders of tiles, with one of one token; somewhere, and with the row.
+ENDS = (), (15, 31, 32), (0, 5, 40, 53)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "arch"), [(32, 80), (64, 90), (80, 80), (80, 90), (128, 80), (256, 90)], indirect=["arch"]
+)
+def test_documents_in_float32(head_dim, arch, device):
+    inputs = draw(54, head_dim, torch.float32, device, batch=3, heads=1)
+    documents = documents_with_last_tokens_at(*ENDS, seq=54, device=device)
+    found = results(*inputs, documents)
+    for name, error in errors(found, *inputs, documents).items():
+        assert error < 2 * FLOAT32_BAR, f"{name}: {error:.2e}"
+    whole = by_definition(*inputs)
+    for name, x in found.items():
+        torch.testing.assert_close(x[0], whole[name][0], rtol=1e-5, atol=1e-5)  # no end: as without documents
+        assert (x[1:] - whole[name][1:]).norm() > 0.1 * x[1:].norm(), name
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+@pytest.mark.parametrize("head_dim", [80, 256])
+def test_documents_in_half_precision(head_dim, dtype, device):
+    """With the shipped tiles, of up to 128 positions."""
+    documents = documents_with_last_tokens_at((127, 128, 200), seq=270, device=device)
+    assert_as_good_as_the_definition(*draw(270, head_dim, dtype, device, batch=1, heads=1), documents)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns about values that are not finite
+@pytest.mark.parametrize("head_dim", [80, 256])
+def test_tiles_of_other_documents_are_not_read(head_dim, device):
+    """0 times NaN is NaN. So a tile with NaNs would change the result, even of those who do not see its keys."""
+    qkv, cos, sin, d_out = draw(64, head_dim, torch.float32, device, batch=1, heads=1)
+    documents = documents_with_last_tokens_at((15, 47), seq=64, device=device)
+    whole = results(qkv, cos, sin, d_out, documents)
+    for other in (slice(16), slice(48, 64)):
+        qkv[:, other], d_out[:, other] = torch.nan, torch.inf
+    for name, broken in results(qkv, cos, sin, d_out, documents).items():
+        assert not broken[:, [0, 15, 48, 63]].isfinite().any(), name
+        assert torch.equal(broken[:, 16:48], whole[name][:, 16:48]), name
+
+
+def test_the_bits_of_a_document_do_not_depend_on_others(device):
+    """Also where they share a tile."""
+    qkv, cos, sin, d_out = draw(64, 32, torch.float32, device)
+    documents = documents_with_last_tokens_at((9, 39), (22, 39), seq=64, device=device)
+    before = results(qkv, cos, sin, d_out, documents)
+    for other in (slice(10), slice(40, 64)):
+        qkv[0, other] += 1
+        d_out[0, other] += 1
+    after = results(qkv, cos, sin, d_out, documents)
+    for name, x in after.items():
+        assert torch.equal(x[0, 10:40], before[name][0, 10:40]), name
+        assert not torch.equal(x[0, 40:], before[name][0, 40:]), name
+
+
 def test_gradients_of_any_layout_and_tensors_at_any_address(device):
     inputs = qkv, cos, sin, d_out = draw(40, 32, torch.float16, device)
     expected = results(*inputs)
@@ -211,11 +283,13 @@ def test_gradients_of_any_layout_and_tensors_at_any_address(device):
 
 def test_opcheck(device):
     qkv, cos, sin, d_out = draw(17, 80, torch.float32, device, batch=1, heads=2)
-    torch.library.opcheck(torch.ops.tripod.rotated_attention.default, (qkv.requires_grad_(), cos, sin))
-    output = torch.ops.tripod.rotated_attention(qkv, cos, sin)
+    documents = documents_with_last_tokens_at((5, 9), seq=17, device=device)
+    inputs = qkv.requires_grad_(), cos, sin, documents
+    torch.library.opcheck(torch.ops.tripod.rotated_attention.default, inputs)
+    output = torch.ops.tripod.rotated_attention(qkv, cos, sin, documents)
     assert [x.requires_grad for x in output] == [True, False, False]  # out, rotated qkv, lse
     backward = torch.ops.tripod.rotated_attention_backward.default
-    torch.library.opcheck(backward, (cos, sin, *(x.detach() for x in output), d_out))
+    torch.library.opcheck(backward, (cos, sin, documents, *(x.detach() for x in output), d_out))
 
 
 def test_compiled_whole(device):
@@ -316,7 +390,7 @@ def test_with_the_projection_opcheck_and_compile(device):
     torch.library.opcheck(op.default, (*inputs.values(), 2))
     output = [x.detach() for x in op(*inputs.values(), 2)]
     backward = torch.ops.tripod.linear_rotary_attention_backward.default
-    tensors = inputs["x"].detach(), inputs["weight"].detach(), inputs["cos"], inputs["sin"], *output, d_out
+    tensors = inputs["x"].detach(), inputs["weight"].detach(), inputs["cos"], inputs["sin"], None, *output, d_out
     torch.library.opcheck(backward, tensors)
     compiled = torch.compile(linear_rotary_attention, fullgraph=True, backend="aot_eager")
     out = compiled(*inputs.values(), 2)
@@ -372,6 +446,9 @@ def test_refuses_what_the_kernels_cannot_do():
         rotary_attention(qkv, cos, sin.T.contiguous().T)
     with pytest.raises(ValueError, match="on one device"):
         rotary_attention(qkv, cos.to("meta"), sin)
+    for documents in (torch.zeros(2, 1, 5, dtype=torch.int32), torch.zeros(2, 1, 4), cos):
+        with pytest.raises(ValueError, match=r"documents must be contiguous int32 \[2, 1, 4\] on cpu"):
+            rotary_attention(qkv[:1], cos, sin, documents)
     with pytest.raises(ValueError, match="interpreter cannot multiply bfloat16"):
         rotary_attention(qkv.bfloat16(), cos, sin)
     projection = qkv.new_zeros(192, 8), qkv.new_zeros(192)

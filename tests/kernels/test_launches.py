@@ -4,7 +4,7 @@ A GPU refuses a launch, or a descriptor, that breaks a rule of CUDA. And what is
 compiles and inspects: an argument of another type, or one that is no multiple of 16, is another kernel.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -37,8 +37,10 @@ SHAPES = [  # every size: rows of other lengths, one row, unaligned tensors, the
         (LARGEST, 2048, "float32", False),
     )
 ]
+# Every head_dim of the suite.
+DOCUMENTS = [Case(size, arch, documents=True) for size in ("14m", "160m", "1b", "1.4b", "2.8b") for arch in ARCHES]
 DEPTHS = [Case("160m", layers=layers) for layers in (2, 3)]
-CASES = TRAINING + SHAPES + DEPTHS
+CASES = TRAINING + SHAPES + DOCUMENTS + DEPTHS
 
 
 @pytest.fixture(scope="module")
@@ -100,13 +102,27 @@ def test_every_launch_is_of_a_kernel_that_the_cubin_tests_compile(arch, launched
         for module in cubins.modules()
         for k in cubins.kernels(module, arch).values()
     ]
-    for case in TRAINING:
+    for case in TRAINING + DOCUMENTS:
         for launch in launched[case] if case.arch == arch else ():
             facts = launch.kernel, launch.signature, launch.constants, launch.num_warps, launch.num_stages
             fixed, arguments = specialisation(*facts)
             # Without an optional argument a kernel has less to do: the one with all arguments is the harder case.
             assert any(fixed == other and arguments <= more for other, more in shipped), (case, launch)
             assert set(launch.unaligned) <= ANY_ALIGNMENT, (case, launch)
+
+
+def test_without_documents_the_kernels_know_nothing_of_them(launched):
+    """A pointer that is None is no argument of the compiled kernel. With documents it is the only difference."""
+    for case in DOCUMENTS:
+        with_them, without = launched[case], launched[replace(case, documents=False)]
+        bounds = [x.signature.keys() & {"starts_ptr", "ends_ptr"} for x in with_them]
+        assert [len(names) for names in bounds] == ["attention" in x.kernel for x in with_them]
+        for ours, theirs, names in zip(with_them, without, bounds, strict=True):
+            assert all(theirs.constants[name] is None for name in names)
+            constants = {name: value for name, value in theirs.constants.items() if name not in names}
+            assert ours == replace(
+                theirs, signature=theirs.signature | dict.fromkeys(names, "*i32"), constants=constants
+            )
 
 
 def test_launches_of_a_layer(launched):

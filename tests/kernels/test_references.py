@@ -1,12 +1,20 @@
 """The torch references against formulas written out in float64."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import add_dual_layer_norm, add_layer_norm, bias_gelu, linear_cross_entropy, rotary_attention
+from kernels import (
+    add_dual_layer_norm,
+    add_layer_norm,
+    bias_gelu,
+    document_bounds,
+    linear_cross_entropy,
+    rotary_attention,
+)
 from kernels.cpu_attention import SHORT_SEQ
 from kernels.cross_entropy import CHUNK
 from kernels.rotary import rotary_tables, rotate
@@ -47,18 +55,53 @@ def test_rotary_attention_is_the_formula(head_dim, rotary_dim):
     )
 
 
+def test_document_bounds():
+    tokens = torch.randint(4, (5, 30), generator=torch.Generator().manual_seed(0))
+    tokens[0], tokens[1] = 1, 0
+    starts, ends = document_bounds(tokens, 0).tolist()
+    for row, (start, end) in zip(tokens.tolist(), zip(starts, ends)):
+        for position in range(30):
+            assert start[position] == max([p + 1 for p in range(position) if row[p] == 0], default=0)
+            assert end[position] == min([p + 1 for p in range(position, 30) if row[p] == 0], default=30)
+    assert document_bounds(tokens[:, :1], 0).tolist() == [[[0]] * 5, [[1]] * 5]
+
+
+@pytest.mark.parametrize("seq", [12, SHORT_SEQ + 1])
+def test_attention_of_documents_is_that_of_each_document_alone(seq):
+    """Alone, its positions start at 0: only the distance of two positions matters."""
+    torch.manual_seed(0)
+    qkv, d_out = torch.randn(2, seq, 3, 3, 8, dtype=torch.float64), torch.randn(2, seq, 3, 8, dtype=torch.float64)
+    tokens = torch.ones(2, seq)
+    tokens[0, [0, 4, 5]] = tokens[1, [8, seq - 1]] = 0
+    cos, sin = rotary_tables(seq, 4, 1e4, torch.float64, "cpu")
+
+    def results(qkv, d_out, documents=None):
+        qkv = qkv.detach().requires_grad_()
+        out = rotary_attention(qkv, cos[: qkv.shape[1]], sin[: qkv.shape[1]], documents)
+        return out, *torch.autograd.grad(out, qkv, d_out)
+
+    found = results(qkv, d_out, document_bounds(tokens, 0))
+    for row, borders in enumerate(((0, 1, 5, 6, seq), (0, 9, seq))):
+        for start, end in pairwise(borders):
+            alone = results(qkv[row : row + 1, start:end], d_out[row : row + 1, start:end])
+            for ours, expected in zip(found, alone):
+                torch.testing.assert_close(ours[row, start:end], expected[0], rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("seq", [1, 63, 64, 133, SHORT_SEQ, SHORT_SEQ + 1])
-def test_short_rows_and_long_ones_have_the_same_attention(seq):
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_short_rows_and_long_ones_have_the_same_attention(seq, with_documents):
     """Up to SHORT_SEQ positions CPUs have an implementation of their own, except for float64."""
     torch.manual_seed(0)
     qkv = torch.randn(2, seq, 3, 3, 16, dtype=torch.float64)
     qkv[0] *= 30  # probabilities of 0 and 1
     cos, sin = rotary_tables(seq, 8, 1e4, torch.float64, "cpu")
     d_out = torch.randn(2, seq, 3, 16, dtype=torch.float64)
+    documents = document_bounds(torch.randint(40, (2, seq)), 0) if with_documents else None
     results = []
     for dtype in (torch.float64, torch.float32):
         narrow = qkv.to(dtype).requires_grad_()
-        out = rotary_attention(narrow, cos.to(dtype), sin.to(dtype))
+        out = rotary_attention(narrow, cos.to(dtype), sin.to(dtype), documents)
         (d_qkv,) = torch.autograd.grad(out, narrow, d_out.to(dtype))
         results.append((out.double(), d_qkv.double()))
     for truth, ours in zip(*results):

@@ -157,6 +157,21 @@ def test_cache_changes_nothing(parallel):
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("parallel", [True, False])
+def test_with_the_document_mask_a_document_has_the_losses_that_it_has_alone(parallel):
+    """The first token of the next document stays the target of an end of text."""
+    model = Pythia(replace(TINY, parallel=parallel)).double()
+    tokens = torch.randint(1, 384, (2, 21), generator=torch.Generator().manual_seed(2))
+    tokens[0, [4, 11, 12]] = tokens[1, 19] = 0
+    model.document_mask = True
+    losses = model(tokens[:, :-1], tokens[:, 1:], "none")
+    model.document_mask = False
+    for row, borders in enumerate(((0, 5, 12, 13, 20), (0, 20))):
+        for start, end in pairwise(borders):
+            alone = model(tokens[row : row + 1, start:end], tokens[row : row + 1, start + 1 : end + 1], "none")
+            torch.testing.assert_close(losses[row, start:end], alone[0], rtol=0, atol=1e-12)
+
+
 def test_memory_of_the_loss_is_a_chunk_not_all_logits():
     config = replace(TINY, vocab=50_304, layers=1)
     model, tokens = Pythia(config), torch.randint(0, 384, (1, 4 * 1024 + 1))

@@ -1,5 +1,6 @@
 """Rotary attention, forward and backward, for every head_dim of the suite."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,17 +16,18 @@ HEADS = {config.head_dim: config.heads for config in SUITE.values()}
 
 def _shipped(
     what: str, kernel: Any, arch: int, head_dim: int, tile: tiles.Tile, tensors: dict[str, int], **constants: bool
-) -> Shipped:
-    """One attention kernel. `tensors` maps the name of a tensor to the rows of its tiles. Such a tensor is
-    passed as descriptors from Hopper on, and as pointers before, one for every column chunk."""
+) -> list[Shipped]:
+    """One attention kernel, without and with documents. `tensors` maps the name of a tensor to the rows of its tiles.
+    Such a tensor is passed as descriptors from Hopper on, and as pointers before, one for every column chunk."""
     signature = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "seq": "i32"}
+    constants |= {"starts_ptr": None, "ends_ptr": None}
     constants |= {"HEADS": HEADS[head_dim], "HEAD_DIM": head_dim}
     constants |= {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k}
     for tensor, rows in tensors.items():
         constants[f"{tensor}_tail_ptr"] = None  # unless there is a second chunk
         for argument, columns in zip((f"{tensor}_ptr", f"{tensor}_tail_ptr"), CHUNKS[head_dim]):
             signature[argument] = f"tensordesc<bf16[1, {rows}, {columns}]>" if arch >= 90 else "*bf16"
-    return Shipped(
+    alone = Shipped(
         name=f"attention {what}, head_dim {head_dim}",
         kernel=kernel,
         signature={name: type for name, type in signature.items() if name in kernel.arg_names},
@@ -34,6 +36,16 @@ def _shipped(
         num_stages=tile.num_stages,
         products=True,
     )
+    (bounds,) = alone.constants.keys() & {"starts_ptr", "ends_ptr"}
+    return [
+        alone,
+        replace(
+            alone,
+            name=f"{alone.name}, documents",
+            signature=alone.signature | {bounds: "*i32"},
+            constants={name: value for name, value in alone.constants.items() if name != bounds},
+        ),
+    ]
 
 
 def shipped(arch: int) -> list[Shipped]:
@@ -42,15 +54,15 @@ def shipped(arch: int) -> list[Shipped]:
         forward, dq, dk, dv = tiles.attention(arch, head_dim, torch.bfloat16)
         q, k = forward.block_q, forward.block_k
         tensors = {"q": q, "kv": k, "out": q}
-        kernels.append(_shipped("forward", attention_forward_kernel, arch, head_dim, forward, tensors))
+        kernels.extend(_shipped("forward", attention_forward_kernel, arch, head_dim, forward, tensors))
         q, k = dq.block_q, dq.block_k
         tensors = {"q": q, "kv": k, "out": q, "d_out": q, "d_qkv": q}
-        kernels.append(_shipped("dq", attention_dq_kernel, arch, head_dim, dq, tensors))
+        kernels.extend(_shipped("dq", attention_dq_kernel, arch, head_dim, dq, tensors))
         for what, tile in ({"dk and dv": dk} if dv is None else {"dk": dk, "dv": dv}).items():
             q, k = tile.block_q, tile.block_k
             tensors = {"q": q, "kv": k, "d_out": q, "d_qkv": k}
             wanted = {"DK": "dk" in what, "DV": "dv" in what}
-            kernels.append(_shipped(what, attention_dkv_kernel, arch, head_dim, tile, tensors, **wanted))
+            kernels.extend(_shipped(what, attention_dkv_kernel, arch, head_dim, tile, tensors, **wanted))
         shape = {"HEADS": HEADS[head_dim], "HEAD_DIM": head_dim, "HALF": head_dim // 8}
         kernels.append(
             Shipped(
