@@ -8,7 +8,7 @@ torchrun --master-addr 127.0.0.1 --master-port 29400 --nproc-per-node 8 train.py
 import math
 import os
 import shlex
-from argparse import RawDescriptionHelpFormatter
+from argparse import BooleanOptionalAction, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -95,6 +95,11 @@ class Settings:
     compile: bool = setting(False, "torch.compile every block")
     kernels: str = setting("auto", "hot paths: Triton, torch, auto (Triton on GPUs)", False, choices=backend.KERNELS)
     gelu: str = setting("tanh", "GELU of training: tanh as published, or none: exact erf", choices=["tanh", "none"])
+    document_mask: bool = setting(
+        False,
+        "attention does not cross the ends of documents (token 0); Pythia's does",
+        action=BooleanOptionalAction,  # a branch may leave out what its parent had
+    )
     keep_state: int = setting(2, "how many of the newest checkpoints keep the state that resuming needs", False)
     save_every: int = setting(0, "also save every Nth step, beside the published ones", False)
     save_steps: str = setting(

@@ -342,7 +342,7 @@ def initial_model(s: Settings, dist: Dist, restored: bool) -> tuple[Pythia, Grad
                 raise UserError(f"--init-from {s.init_from} is not a {config.name}: {name} is {getattr(stored, name)}")
     with torch.device("meta"):
         model = Pythia(config)
-    model.compute_dtype = DTYPES[s.precision]
+    model.compute_dtype, model.document_mask = DTYPES[s.precision], s.document_mask
     shard, whole_gradients = choose_sharding(s, config, dist)
     shard_weights(model, shard, dist, model.compute_dtype)
     model.to_empty(device=dist.device)

@@ -1,4 +1,5 @@
 """Seconds of a step, estimated from the rates of a GPU. Communication, kernel launches, reading and saving take more.
+With --document-mask attention takes less: how much depends on the lengths of the documents.
 
 step     = micro_steps (layers (forward + backward) + loss) + passes over weights, gradients and moments
 forward  = 2 tokens weights / matmul  +  2 tokens seq_len hidden / attention  +  bytes / copy     of a layer

@@ -179,7 +179,8 @@ def _is_run(content: dict) -> bool:
 def check_same_run(run: Path, fixed: dict, data_differences: Callable[[dict], list[str]]) -> None:
     """Raise UserError if run.json records other values of the `fixed` settings, or other data.
 
-    data_differences(data of run.json) -> one phrase for each difference from the data of this start.
+    data_differences(data of run.json) -> one phrase for each difference from the data of this start. A setting that is
+    newer than the run was off there.
     """
     if not os.path.lexists(run / "run.json"):
         return
@@ -188,7 +189,7 @@ def check_same_run(run: Path, fixed: dict, data_differences: Callable[[dict], li
     differing = [
         f"{flag(name)} ({settings.get(name)} there, {value} here)"
         for name, value in fixed.items()
-        if settings.get(name) != value
+        if settings.get(name, type(value)()) != value
     ]
     try:
         differing += data_differences(stored["data"])

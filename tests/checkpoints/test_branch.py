@@ -6,12 +6,16 @@ import re
 import shutil
 
 import pytest
+import torch
 from conftest import records
 from megatron import write_data
 from safetensors.torch import load_file
 
 import train
 from checkpoints.branch import read_parent
+from data import batch, open_rows, requested_samples
+from model.huggingface import load
+from model.sizes import END_OF_TEXT
 from runtime.errors import UserError
 
 
@@ -60,6 +64,23 @@ def test_what_differs_from_the_parent_is_said(run, branch, capsys):
     ours, theirs = (load_file(path / "step9/model.safetensors") for path in (child, parent))
     assert any((ours[name] != theirs[name]).any() for name in ours)
     assert records(child)[0]["loss"] == records(parent)[4]["loss"]  # the same weights met the same rows
+
+
+def test_the_document_mask_is_recorded_and_a_branch_may_leave_it_out(run, branch, corpus, capsys):
+    flags = "--gelu", "none", "--seq-len", "512", "--steps", "4"
+    parent = run("--document-mask", *flags, "--keep-state", "9")
+    model, tokens = load(parent / "step0"), batch(open_rows(corpus, requested_samples(4, 4), 512), 0, 4)[0]
+    assert (tokens[:, :-1] == END_OF_TEXT).any(axis=1).sum() > 1
+    model.document_mask, tokens = True, torch.from_numpy(tokens.astype(int))
+    expected = model(tokens[:, :-1], tokens[:, 1:], "none").mean(dim=1).tolist()
+    assert records(parent)[0]["row_losses"] == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(UserError, match=r"other settings: --document-mask \(True there, False here\)"):
+        run(*flags)
+    capsys.readouterr()
+    child = branch("--no-document-mask", step=2)
+    assert "with other settings: --document-mask (True there, False here)\n" in capsys.readouterr().out
+    assert records(child)[0]["row_losses"] != records(parent)[2]["row_losses"]
+    assert json.loads((child / "run.json").read_text())["settings"]["document_mask"] is False
 
 
 def test_a_branch_resumes_without_its_parent(run, branch, tmp_path):

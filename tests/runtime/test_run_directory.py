@@ -263,6 +263,12 @@ def test_every_difference_is_listed(recorded):
         check_same_run(recorded, {}, lambda data: [data["nothing"]])
 
 
+def test_a_setting_that_is_newer_than_the_run_was_off(recorded):
+    check_same_run(recorded, {"document_mask": False}, lambda data: [])
+    with pytest.raises(UserError, match=r"--document-mask \(None there, True here\)"):
+        check_same_run(recorded, {"document_mask": True}, lambda data: [])
+
+
 @pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EIO, errno.EDQUOT])
 def test_a_disk_that_cannot_be_written(number, recorded, monkeypatch):
     """Each write is one line that names the file, and the file is as it was."""
