@@ -321,19 +321,19 @@ def test_a_graph_changes_no_bit(dtype, device, chosen_kernels):
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", ["14m", "410m"])
 def test_a_step_does_not_wait_for_the_device(size, device, monkeypatch, chosen_kernels):
-    """torch itself detects a host sync. 14m runs as a graph, 410m does not."""
+    """torch itself detects a host sync. 14m runs as a graph, 410m does not, and with loss weights."""
     monkeypatch.setitem(SIZES, size, replace(SIZES[size], layers=2))
     model = Pythia(SIZES[size]).to(device)
     model.compute_dtype = torch.bfloat16
     dist = Dist(device=device)
-    step = Step(model, Gradients(model, dist, "none"), make_optimizer(model, 1e-3), dist)
+    weights = torch.rand(2, 8, 512, device=device) if size == "410m" else None
+    step = Step(model, Gradients(model, dist, "none"), make_optimizer(model, 1e-3), dist, weights is not None)
+    assert (step.graph is None) == (size == "410m")
     batch = torch.randint(50_000, (2, 8, 513), device=device)  # enough tokens that the embedding gradient sorts them
-    if size == "410m":
-        step.graph = None  # two layers of 410m are below GRAPH_BELOW
     for i in range(3):
         torch.cuda.set_sync_debug_mode("error" if i == 2 else "default")
         try:
-            step.forward_backward(batch)
+            step.forward_backward(batch, weights=weights)
             facts = step.update(1e-3)
         finally:
             torch.cuda.set_sync_debug_mode("default")
