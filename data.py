@@ -29,8 +29,9 @@ from corpus.edit_command import add_edit_arguments
 from corpus.edits import Edits
 from corpus.fetch import add_fetch_arguments, run_fetch
 from corpus.indexed import DataFile, IndexedTokens, read_mark, sha256, write_mark
-from corpus.order import Order, Rows, ShuffledRows, digest, epochs_for, row_digests
+from corpus.order import Order, Rows, ShuffledRows, digest, epochs_for, row_digests, served_rows
 from corpus.prepare import DEMO_PREFIX, demo, prepare
+from corpus.repeats import absent_rows, describe_times, repeated_documents, repeated_rows, times_trained
 from corpus.search import add_count_arguments, add_find_arguments, count, find
 from corpus.suffix_index import add_index_arguments, build_index
 from corpus.tokenizer import load_tokenizer, tokenizer_errors
@@ -218,8 +219,10 @@ def edits_difference(stored: dict, here: dict) -> list[str]:
 
 
 def known_sha256(data: IndexedTokens) -> str | None:
-    """Return the sha256 of all tokens, or None if they are 1 GB or more and `hash_once` has not hashed them."""
-    return data.tokens_sha256() if data.tokens * data.dtype.itemsize < HASHED_AT_ONCE else stored_sha256(data)
+    """Return the sha256 of all tokens, or None if they are 1 GB or more and `hash_once` has not hashed them, or if a
+    shard is absent."""
+    small = data.tokens * data.dtype.itemsize < HASHED_AT_ONCE and all(shard.status for shard in data.shards)
+    return data.tokens_sha256() if small else stored_sha256(data)
 
 
 def hash_once(data: IndexedTokens) -> str:
@@ -295,6 +298,7 @@ def run_info(args: argparse.Namespace) -> None:
         {
             "kind": "pre-shuffled rows" if shuffled else "documents, shuffled by seed",
             "files": "\n             ".join(map(str, [data.index_file, *data.files])),
+            "absent": "\n             ".join(str(shard.path) for shard in data.shards if not shard.status) or None,
             "tokenizer": find_tokenizer(args.data),
             "dtype": data.dtype.name,
             "tokens": data.tokens,
@@ -318,9 +322,27 @@ def run_info(args: argparse.Namespace) -> None:
             "rows": len(rows),
             "order_sha256": rows.sha256,
             "steps": f"{len(rows) // args.batch_size:,} of {args.batch_size:,} rows of {args.seq_len + 1:,} tokens",
+            "absent rows": (absent_rows(rows) or None) if shuffled else None,
         }
     )
+    print_repeats(args, rows)
     print(note, file=sys.stderr, end="\n" * bool(note))
+
+
+def print_repeats(args: argparse.Namespace, rows: Rows) -> None:
+    """Print what --seen and --duplicates ask for."""
+    if args.seen is not None:
+        if not 0 <= args.seen <= len(rows) // args.batch_size:
+            raise UserError(f"--seen {args.seen}: the data has {len(rows) // args.batch_size:,} steps")
+        shares = describe_times(times_trained(rows, args.seen * args.batch_size))
+        print_facts({"seen": f"after {args.seen:,} steps, as targets: {shares} of {rows.data.tokens:,} tokens"})
+    if args.duplicates:
+        served = served_rows(rows, args.batch_size, args.steps)
+        found = {"rows": (repeated_rows(rows, served), served)}
+        if isinstance(rows, Order):
+            found = {"documents": (repeated_documents(rows.data), rows.data.documents)} | found
+        text = ", ".join(f"{count:,} of {total:,} {name}" for name, (count, total) in found.items())
+        print_facts({"duplicates": f"{text} equal an earlier one"})
 
 
 def print_facts(facts: dict) -> None:
@@ -588,6 +610,8 @@ def main(arguments: list[str] | None = None) -> None:
             command.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=text)
     info.add_argument("--hash", action="store_true", help="hash all tokens, and store the hash beside the data")
     info.add_argument("--verify", action="store_true", help="read index and order again, though they were checked once")
+    info.add_argument("--seen", type=int, metavar="N", help="share of tokens trained on never, once ... in N steps")
+    info.add_argument("--duplicates", action="store_true", help="count equal documents and rows; reads all tokens")
     view.add_argument("--step", type=int, required=True, metavar="T", help="the first step is 0")
     view.add_argument("--row", type=int, metavar="R", help="only this row of the step; the first row is 0")
     view.add_argument("--edits", metavar="FILE", help="show the rows with these edits (default: with those of --run)")

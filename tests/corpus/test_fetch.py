@@ -11,8 +11,9 @@ from mock_hub import Hub, use
 from corpus import fetch
 from corpus.fetch import add_fetch_arguments, run_fetch
 from corpus.order import ShuffledRows
+from corpus.repeats import absent_rows
 from corpus.tokenizer import byte_tokenizer
-from data import batch, fingerprint
+from data import batch, fingerprint, known_sha256
 from runtime.errors import UserError
 
 STEPS, BATCH, ROW = 6, 4, 33
@@ -73,6 +74,8 @@ def test_some_shards(server, tmp_path):
     rows = ShuffledRows(tmp_path / "out", ROW - 1)
     whole = [i for i in range(len(rows)) if i * ROW * 2 >= CUTS[0]]
     np.testing.assert_array_equal(np.stack([rows[i] for i in whole]), server.rows[whole])
+    assert absent_rows(rows) == f"0 to {whole[0] - 1}"
+    assert known_sha256(rows.data) is None
     with pytest.raises(UserError, match=r"00000-of-00002.bin is not here.*--shards 0"):
         rows[whole[0] - 1]
     with pytest.raises(UserError, match=r"00000-of-00002.bin is not here"):
