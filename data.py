@@ -20,6 +20,7 @@ import argparse
 import math
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -30,10 +31,10 @@ from corpus.edits import Edits
 from corpus.fetch import add_fetch_arguments, run_fetch
 from corpus.indexed import DataFile, IndexedTokens, read_mark, sha256, write_mark
 from corpus.order import Order, Rows, ShuffledRows, digest, epochs_for, row_digests, served_rows
-from corpus.prepare import DEMO_PREFIX, demo, prepare
+from corpus.prepare import DEMO_PREFIX, demo, merge, prepare
 from corpus.repeats import absent_rows, describe_times, repeated_documents, repeated_rows, times_trained
 from corpus.search import add_count_arguments, add_find_arguments, count, find
-from corpus.suffix_index import add_index_arguments, build_index
+from corpus.suffix_index import add_index_arguments, build_index, parse_share
 from corpus.tokenizer import load_tokenizer, tokenizer_errors
 from corpus.verify_order import compare
 from runtime.errors import Parser, UserError, printable, run_command
@@ -285,8 +286,21 @@ def run_prepare(args: argparse.Namespace) -> None:
     """Convert text to PREFIX.bin, PREFIX.idx and PREFIX.tokenizer.json. A .jsonl or .ndjson file has one document per
     line, {"text": "..."}. Files of another format (.json, .csv, .parquet, .tar, .pdf, ...) are refused. Any other file
     is one document of UTF-8 text. All may be compressed (.zst, .gz)."""
-    data = prepare(args.input, args.out, args.tokenizer, args.workers, args.text_key, args.skip_bad)
-    print(printable(f"{args.out}: {data.documents:,} documents, {data.tokens:,} tokens of {data.dtype.name}"))
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # cleans up as Ctrl-C does
+    share = parse_share(args.shard)
+    data = prepare(args.input, args.out, args.tokenizer, args.workers, args.text_key, args.skip_bad, share)
+    print_made(args.out, data)
+
+
+def run_merge(args: argparse.Namespace) -> None:
+    """Write data sets as one, in the order in which they are named. All shards of `data.py prepare` give the bytes that
+    it gives on one machine."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    print_made(args.out, merge(args.input, args.out))
+
+
+def print_made(out: str, data: IndexedTokens) -> None:
+    print(printable(f"{out}: {data.documents:,} documents, {data.tokens:,} tokens of {data.dtype.name}"))
 
 
 def run_info(args: argparse.Namespace) -> None:
@@ -587,6 +601,10 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--workers", type=int, metavar="N", help="threads that encode (default: one per core)")
     command.add_argument("--text-key", default="text", metavar="KEY", help="of JSON lines (default: %(default)s)")
     command.add_argument("--skip-bad", action="store_true", help="leave bad JSON lines out, print their number")
+    command.add_argument("--shard", metavar="3/16", help="only the fourth 16th; other machines take the others: merge")
+    command = add("merge", run_merge, "--input corpora/mine-00 corpora/mine-01 --out corpora/mine")
+    command.add_argument("--input", nargs="+", required=True, metavar="PREFIX", help="in order")
+    command.add_argument("--out", required=True, metavar="PREFIX", help="must not exist yet")
 
     add_fetch_arguments(add("fetch", run_fetch, "standard --step 1000"))
     info = add("info", run_info, "--data corpora/mine --steps 1000")

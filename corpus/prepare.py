@@ -1,70 +1,45 @@
-"""Text -> PREFIX.bin, PREFIX.idx, PREFIX.tokenizer.json, in memory that does not depend on the amount of text.
+"""Text -> PREFIX.bin, PREFIX.idx, PREFIX.tokenizer.json, on one machine or in shards on many.
 
 How text travels: file -> documents -> chunks of a document -> pieces, cut where no token can cross -> groups of pieces,
-encoded on all cores -> ids. Id 0 (<|endoftext|>) follows each document, as in Pythia's data; nothing precedes it.
+encoded on all cores -> ids. Id 0 (<|endoftext|>) follows each document, as in Pythia's data; nothing precedes it. As in
+GPT-NeoX, an <|endoftext|> in the text itself becomes id 0 too.
+
+Until all is complete, the files lie in PREFIX.preparing/. Every minute progress.json there records what is on the disk,
+so that the same command goes on after a kill, to the same bytes.
 """
 
-import codecs
+import hashlib
 import json
 import os
-import re
 import sys
 import sysconfig
-import zlib
+import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
-from itertools import chain
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from tokenizers import Encoding
-from tqdm import tqdm
+from tokenizers import Encoding, Tokenizer
 
+from corpus.documents import End, Lines, check_inputs, groups, parts_of
 from corpus.indexed import DTYPES, HEADER, MAGIC, IndexedTokens
-from corpus.tokenizer import END_OF_TEXT, byte_tokenizer, can_cut, load_tokenizer, tokenizer_errors
+from corpus.tokenizer import (
+    END_OF_TEXT,
+    MAX_TOKENIZER_BYTES,
+    byte_tokenizer,
+    cut_pattern,
+    load_tokenizer,
+    tokenizer_errors,
+)
 from runtime.errors import UserError, printable
-from runtime.files import atomic_write
+from runtime.files import atomic_write, flush, read_small, reason
+from runtime.run_directory import DAMAGE, lock
 
-CHUNK = 1 << 17  # bytes to read at once, or characters of a document to search for a cut at once
-GROUP = 1 << 20  # characters to encode at once; an encoded character can take 100 bytes of memory
 INDEX_BLOCK = 1 << 20  # documents
-PACKED_CHUNK = 1 << 13  # bytes of a compressed file to read at once; they can become a thousand times as many
-
-STDIN = Path("-")
-JSON_LINES = (".jsonl", ".ndjson")
-# Formats that are not read. Many are text, but their markup is not what a model is to learn by accident.
-OTHER_FORMATS = {
-    ".json",
-    ".jsonlines",
-    ".csv",
-    ".tsv",
-    ".parquet",
-    ".arrow",
-    ".feather",
-    ".avro",
-    ".orc",
-    ".npy",
-    ".npz",
-}
-OTHER_FORMATS |= {
-    ".bin",
-    ".idx",
-    ".db",
-    ".sqlite",
-    ".xz",
-    ".bz2",
-    ".lz4",
-    ".zip",
-    ".7z",
-    ".rar",
-    ".tar",
-    ".tgz",
-    ".warc",
-}
-OTHER_FORMATS |= {".pdf", ".ps", ".rtf", ".doc", ".docx", ".odt", ".xls", ".xlsx", ".ods", ".ppt", ".pptx", ".epub"}
+SAVE_SECONDS = 60  # between two records of the progress
+ENDINGS = (".tokenizer.json", ".bin", ".idx")  # the index is complete last
 
 DEMO_PREFIX = Path("runs/demo")
 DEMO_BYTES = 8_000_000
@@ -74,189 +49,156 @@ DEMO_WITHOUT |= {"encodings", "pydoc_data", "__pycache__"}
 
 
 @dataclass
-class Lines:
-    """How JSON lines are read, and what was wrong with them."""
+class Progress:
+    """What of a data set is on the disk: the documents up to a place in the inputs, or all, with the index complete."""
 
-    key: str = "text"
-    skip_bad: bool = False  # leave bad lines out
-    bad: int = 0  # lines that were left out
-    first_bad: str = ""  # the message for the first of them
+    bin_bytes: int = 0
+    documents: int = 0
+    end: End = field(default_factory=lambda: End(0, 0, 0))
+    first_bad: str = ""
+    complete: bool = False
 
 
-def kind(path: Path) -> tuple[str, str]:
-    """Return the ending of a file without that of its compression, and that one: a.JSONL.gz -> (".jsonl", ".gz").
+class WorkDirectory:
+    """PREFIX.preparing: the files of a data set that is not complete, and progress.json.
 
-    Stdin has JSON lines. An ending that does not name another format means UTF-8 text. Raises UserError for the others.
+    job  what the data set depends on, as JSON; None: the inputs cannot be read twice, so nothing is recorded
     """
-    name = path.name.lower()
-    packing = next((end for end in (".zst", ".gz") if name.endswith(end)), "")
-    ending = ".jsonl" if path == STDIN else Path(name.removesuffix(packing)).suffix
-    if ending in OTHER_FORMATS:
-        raise UserError(f"{path}: {ending} files are not read; convert it to .jsonl or .txt")
-    if packing and not ending:
-        raise UserError(f"{path}: the name does not say what is in it; rename it to .jsonl{packing} or .txt{packing}")
-    return ending, packing
 
+    def __init__(self, out: str | Path, job: dict | None):
+        self.path, self.job = Path(f"{out}.preparing"), job
+        self.record = self.path / "progress.json"
+        self.outputs = [Path(f"{out}{ending}") for ending in ENDINGS]
+        self.files = [self.path / path.name for path in self.outputs]
 
-def read_blocks(path: Path, bar: tqdm) -> Iterator[bytes]:
-    """Yield the bytes of a file or pipe in blocks. Moves the bar."""
-    size = PACKED_CHUNK if kind(path)[1] else CHUNK
-    try:
-        with open(0 if path == STDIN else path, "rb", closefd=path != STDIN) as file:
-            # read1 does not wait until a pipe has given `size` bytes, so Ctrl-C is seen between two reads.
-            for block in iter(lambda: file.read1(size), b""):
-                bar.update(len(block))
-                yield block
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; nothing was written") from None
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Lock the directory for the block, and remove it afterwards, unless the block fails with progress recorded."""
+        with lock(self.path) as check:
+            check()
+            try:
+                yield
+            except BaseException as error:
+                if not self.record.exists():
+                    self.remove()
+                    raise
+                note = f"note: {self.path} keeps what is done; the same command goes on from there"
+                print(printable(note), file=sys.stderr)
+                if isinstance(error, OSError):
+                    raise UserError(f"{error.filename or self.path}: {error.strerror}") from None
+                raise
+            self.remove()
 
+    def remove(self) -> None:
+        """Remove the directory, but no file that others have put there."""
+        for path in [*self.files, self.record, *self.path.glob(".progress.json.*.tmp"), self.path / ".lock"]:
+            with suppress(OSError):
+                path.unlink()
+        with suppress(OSError):
+            self.path.rmdir()
 
-def unpack(path: Path, blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield the content of a .zst or .gz file. It may have any number of frames (.gz: members).
+    def read(self) -> Progress:
+        """Return the recorded progress. Raises UserError if it is that of another command, or if an output exists."""
+        progress = Progress()
+        if self.record.exists():
+            try:
+                stored = json.loads(read_small(self.record, 1 << 26))
+                progress = Progress(**stored["progress"] | {"end": End(*map(int, stored["progress"]["end"]))})
+                job = stored["job"]
+                other = [name for name in (self.job or {"input": None}) if job[name] != (self.job or {}).get(name)]
+                sizes = [path.stat().st_size for path in self.files[1:] if not progress.complete]
+                if not all(0 <= kept <= size for kept, size in zip(self.lengths(progress), sizes)):
+                    raise ValueError("the files beside it are shorter than it says")
+            except (OSError, *DAMAGE) as error:
+                problem = f"{self.record} is damaged ({reason(error)}); delete {self.path} to start from the beginning"
+                raise UserError(problem) from None
+            if other:
+                raise UserError(
+                    f"{self.path} keeps what another command has done (--{', --'.join(other)} differ, or the files have"
+                    " changed): repeat that command, choose another --out, or delete that directory"
+                )
+            print(printable(f"{self.path}: going on after {progress.documents:,} documents"), file=sys.stderr)
+        for path, file in zip(self.outputs, self.files):
+            # unlike Path.exists, lexists raises nothing; an unusable path fails when it is opened
+            if os.path.lexists(path) and not (progress.complete and not file.exists()):
+                raise UserError(f"{path} exists; choose another --out or delete it")
+        return progress
 
-    The decompressors for files are not used: that of zstandard ignores a truncated end.
-    """
-    if kind(path)[1] == ".gz":
-        new, damage = partial(zlib.decompressobj, wbits=31), zlib.error  # 31: with the header and checksum of gzip
-    else:
-        try:
-            import zstandard
-        except ImportError:
-            raise UserError(f"{path}: reading .zst needs the package zstandard; pip install zstandard") from None
-        new, damage = zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError
-    frame, position = None, 0
-    try:
-        for block in blocks:
-            position += len(block)
-            while block:
-                frame = frame or new()
-                if content := frame.decompress(block):
-                    yield content
-                block = frame.unused_data
-                frame = None if frame.eof else frame
-    except damage as error:
-        raise UserError(f"{path}: damaged near byte {position} ({error}); fetch it again") from None
-    if frame:
-        raise UserError(f"{path}: truncated, its last part does not end; fetch it again")
+    def lengths(self, progress: Progress) -> list[int]:
+        """Return how many bytes of the .bin and of the .idx are recorded."""
+        return [progress.bin_bytes, HEADER.size + 4 * progress.documents]
 
+    @contextmanager
+    def opened(self, progress: Progress) -> Iterator[list[BinaryIO]]:
+        """Open the .bin and the .idx behind what is recorded; what a killed process wrote there goes."""
+        with ExitStack() as stack:
+            files = []
+            for path, length in zip(self.files[1:], self.lengths(progress)):
+                path.touch()
+                files.append(stack.enter_context(open(path, "r+b")))
+                files[-1].truncate(length)  # of a new .idx: the space for the header
+                files[-1].seek(length)
+            yield files
 
-def split_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield the lines of a text that comes in blocks."""
-    begun = []  # parts of the current line
-    for block in blocks:
-        first, *others = block.split(b"\n")
-        begun.append(first)
-        if others:
-            yield b"".join(begun)
-            yield from others[:-1]
-            begun = others[-1:]
-    yield b"".join(begun)
+    def save(self, progress: Progress) -> None:
+        """Flush the files to the disk and record the progress. Raises OSError."""
+        if self.job:
+            for path in self.files:
+                flush(path)
+            with atomic_write(self.record, "w") as file:
+                json.dump({"job": self.job, "progress": asdict(progress)}, file)
 
+    def complete(self, progress: Progress, dtype: np.dtype) -> None:
+        """Complete the index. Raises OSError."""
+        with open(self.files[2], "r+b") as idx:
+            finish_index(idx, dtype)
+        progress.complete = True
+        self.save(progress)
 
-def decode(path: Path, blocks: Iterable[bytes]) -> Iterator[str]:
-    """Yield the text of a file in chunks, without a byte order mark at its beginning."""
-    decoder, start, mark = codecs.getincrementaldecoder("utf-8")(), 0, "\ufeff"
-    for block in chain(blocks, [b""]):  # the empty block ends the text
-        if start == 0 and b"\0" in block:
-            raise UserError(f"{path}: has NUL bytes, so it is not UTF-8 text; convert it to .jsonl or .txt")
-        pending = len(decoder.getstate()[0])  # bytes of a character that began in the last block
-        try:
-            text = decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: byte {start - pending + error.start} is not UTF-8; convert the file") from None
-        start += len(block)
-        if text:
-            yield text.removeprefix(mark)
-            mark = ""
-
-
-def json_texts(path: Path, lines: Iterable[bytes], how: Lines) -> Iterator[str]:
-    """Yield the texts of JSON lines. Counts the bad lines in `how`, or raises UserError for the first."""
-    for number, line in enumerate(lines, 1):
-        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line.decode())[how.key]
-            text.encode()  # fails for half of a surrogate pair, which json accepts
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            wrong = f'{path}: line {number} is not {{{json.dumps(how.key)}: "..."}} in UTF-8'
-            if not how.skip_bad:
-                raise UserError(f"{wrong}; correct it, or see --text-key and --skip-bad") from None
-            how.bad += 1
-            how.first_bad = how.first_bad or wrong
-        else:
-            yield text
-
-
-def documents(path: Path, bar: tqdm, how: Lines) -> Iterator[Iterable[str]]:
-    """Yield the documents of a file, each as chunks of text."""
-    ending, packing = kind(path)
-    blocks = read_blocks(path, bar)
-    content = unpack(path, blocks) if packing else blocks
-    if ending not in JSON_LINES:
-        yield decode(path, content)
-        return
-    for text in json_texts(path, split_lines(content), how):
-        yield (text[start : start + CHUNK] for start in range(0, len(text), CHUNK))
-
-
-def pieces(chunks: Iterable[str], cut: bool) -> Iterator[tuple[str, bool]]:
-    """Yield a document as (piece, whether it is the last piece); nothing if the document is empty."""
-    uncut, last = [], ""  # `last` is searched for a cut only when more text follows
-    for chunk in chunks:
-        if cut and (match := re.match(r".*\S(?=[ \n])", last, re.DOTALL)):
-            yield "".join([*uncut, match[0]]), False
-            uncut, last = [], last[match.end() :]
-        uncut.append(last)
-        last = chunk
-    if text := "".join([*uncut, last]):
-        yield text, True
-
-
-def groups(inputs: list[Path], cut: bool, how: Lines) -> Iterator[list[tuple[str, bool]]]:
-    """Yield the pieces of all documents in groups of about GROUP characters. A progress bar counts the bytes read."""
-    group, characters = [], 0
-    total = None if STDIN in inputs else sum(path.stat().st_size for path in inputs)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="preparing", disable=None, leave=False) as bar:
-        for path in inputs:
-            for piece, last in chain.from_iterable(pieces(document, cut) for document in documents(path, bar, how)):
-                group.append((piece, last))
-                characters += len(piece)
-                if characters >= GROUP:
-                    yield group
-                    group, characters = [], 0
-    yield group
+    def publish(self) -> None:
+        """Give the complete files their names. A kill can have come after some of them. Raises OSError."""
+        for file, path in zip(self.files, self.outputs):
+            if file.exists():
+                file.rename(path)
+        flush(self.outputs[0].parent)
 
 
 def write_tokens(
-    bin: BinaryIO,
-    idx: BinaryIO,
+    work: WorkDirectory,
+    progress: Progress,
+    batches: Iterable[list[tuple[str, End | None]]],
     encode: Callable[[list[str]], list[Encoding]],
-    pieces_in_groups: Iterable[list[tuple[str, bool]]],
     dtype: np.dtype,
-) -> int:
-    """Encode the pieces into a .bin and an .idx. Returns the number of documents."""
-    idx.write(bytes(HEADER.size))
-    size = 0  # tokens of the current document, which may have begun in an earlier group
-    for group in pieces_in_groups:
-        encoded = encode([piece for piece, _ in group])
-        sizes = []
-        for (_, last), encoding in zip(group, encoded):
-            ids = np.array(encoding.ids + [0] * last, dtype)
-            bin.write(ids.tobytes())
-            size += len(ids)
-            if last:
-                sizes.append(size)
-                size = 0
-        if max(sizes, default=0) > 2**31 - 1:
-            raise UserError(f"a document of {max(sizes)} tokens is too long for the format; split it")
-        idx.write(np.array(sizes, "<i4").tobytes())
-    return finish_index(idx, dtype)
+    how: Lines,
+) -> None:
+    """Encode groups of pieces into the .bin, and the sizes of their documents into the .idx."""
+    size, saved = 0, time.monotonic()  # tokens of the current document, which may have begun in an earlier group
+    with work.opened(progress) as (bin, idx):
+        for group in batches:
+            sizes = []
+            for (_, end), encoding in zip(group, encode([piece for piece, _ in group])):
+                ids = np.array(encoding.ids + [0] * bool(end), dtype)
+                bin.write(ids.tobytes())
+                size += len(ids)
+                if end:
+                    sizes.append(size)
+                    size, progress.end = 0, end
+            if max(sizes, default=0) > 2**31 - 1:
+                raise UserError(f"a document of {max(sizes)} tokens is too long for the format; split it")
+            idx.write(np.array(sizes, "<i4").tobytes())
+            progress.bin_bytes += sum(sizes) * dtype.itemsize
+            progress.documents += len(sizes)
+            if sizes and time.monotonic() - saved > SAVE_SECONDS:
+                bin.flush()
+                idx.flush()
+                progress.first_bad = how.first_bad if progress.end.bad else ""
+                work.save(progress)
+                saved = time.monotonic()
+    progress.end, progress.first_bad = progress.end._replace(bad=how.bad), how.first_bad
 
 
-def finish_index(file: BinaryIO, dtype: np.dtype) -> int:
-    """Complete an .idx that has space for the header, then the sizes. Returns the number of documents.
+def finish_index(file: BinaryIO, dtype: np.dtype) -> None:
+    """Complete an .idx that has space for the header, then the sizes.
 
     Each document is one sequence, so the marks are 0 .. n. Works in blocks, because the sizes may not fit into memory.
     """
@@ -273,7 +215,28 @@ def finish_index(file: BinaryIO, dtype: np.dtype) -> int:
     code = next(code for code, known in DTYPES.items() if known == dtype)
     file.seek(0)
     file.write(HEADER.pack(MAGIC, 1, code, n, n + 1))
-    return n
+
+
+def open_encoder(path: str | Path | None) -> tuple[Tokenizer, bytes, np.dtype]:
+    """Return a tokenizer, its tokenizer.json and the dtype of its tokens. Raises UserError if its id 0 is another."""
+    encoder = load_tokenizer(path) if path else byte_tokenizer()
+    if encoder.id_to_token(0) != END_OF_TEXT:
+        raise UserError(f"{path}: id 0 is {encoder.id_to_token(0)!r}, but documents end with {END_OF_TEXT} = 0")
+    text = Path(path).read_bytes() if path else encoder.to_str().encode()
+    vocab = max(encoder.get_vocab().values()) + 1
+    return encoder, text, np.dtype("<u2" if vocab < 65500 else "<i4")  # the rule of GPT-NeoX v1.0
+
+
+def check_out(out: str | Path) -> None:
+    if str(out).endswith("/") or Path(out).name in ("", ".."):
+        raise UserError(f"--out {out} is a directory; give a prefix in it, for example {Path(out) / 'corpus'}")
+
+
+def use_workers(workers: int | None) -> None:
+    if workers is not None:
+        if workers < 1:
+            raise UserError(f"--workers {workers} must be at least 1")
+        os.environ["RAYON_NUM_THREADS"] = str(workers)  # tokenizers reads it when it first encodes in this process
 
 
 def prepare(
@@ -283,6 +246,7 @@ def prepare(
     workers: int | None = None,
     text_key: str = "text",
     skip_bad: bool = False,
+    share: tuple[int, int] = (0, 1),
 ) -> IndexedTokens:
     """Write the inputs as PREFIX.bin, PREFIX.idx, PREFIX.tokenizer.json, where PREFIX is `out`. Returns the data set.
 
@@ -293,44 +257,86 @@ def prepare(
     workers    threads that encode; None: one per core
     text_key   where the text of a JSON line is
     skip_bad   leave bad JSON lines out, and print how many there were to stderr
+    share      (k, n): only shard k of n, counted from 0, which may have no documents; see parts_of and merge
 
     Empty documents are left out. The files appear when they are complete, the index last; nothing is overwritten.
     Raises UserError for unusable arguments and inputs.
     """
-    if str(out).endswith("/") or Path(out).name in ("", ".."):
-        raise UserError(f"--out {out} is a directory; give a prefix in it, for example {Path(out) / 'corpus'}")
+    check_out(out)
     inputs = [Path(path) for path in inputs]
-    outputs = tokenizer_path, bin_path, idx_path = [Path(f"{out}{end}") for end in (".tokenizer.json", ".bin", ".idx")]
-    check_paths(inputs, outputs)
-    if workers is not None:
-        if workers < 1:
-            raise UserError(f"--workers {workers} must be at least 1")
-        os.environ["RAYON_NUM_THREADS"] = str(workers)  # tokenizers reads it when it first encodes in this process
-
-    encoder = load_tokenizer(tokenizer) if tokenizer else byte_tokenizer()
-    if encoder.id_to_token(0) != END_OF_TEXT:
-        raise UserError(f"{tokenizer}: id 0 is {encoder.id_to_token(0)!r}, but documents end with {END_OF_TEXT} = 0")
-    text = Path(tokenizer).read_text(encoding="utf-8") if tokenizer else encoder.to_str()
-    vocab = max(encoder.get_vocab().values()) + 1
-    dtype = np.dtype("<u2" if vocab < 65500 else "<i4")  # the rule of GPT-NeoX v1.0
-    how = Lines(text_key, skip_bad)
+    files = check_inputs(inputs)
+    if share != (0, 1) and not files:
+        raise UserError("--shard needs files as --input: the size of a pipe is not known")
+    use_workers(workers)
+    encoder, text, dtype = open_encoder(tokenizer)
+    work = WorkDirectory(out, None)
+    if files:
+        work.job = {
+            "input": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in inputs],
+            "tokenizer": hashlib.sha256(text).hexdigest(),
+            "text-key": text_key,
+            "shard": [*share],
+        }
 
     def encode(texts: list[str]) -> list[Encoding]:
-        with tokenizer_errors(tokenizer or tokenizer_path):
+        with tokenizer_errors(tokenizer or work.outputs[0]):
             return encoder.encode_batch_fast(texts, add_special_tokens=False)
 
+    with new_directory(work.path.parent), work.locked():
+        progress = work.read()
+        if not progress.complete:
+            work.files[0].write_bytes(text)
+            how, parts = Lines(text_key, skip_bad, progress.end.bad, progress.first_bad), parts_of(inputs, share)
+            total = sum(part.bytes for part in parts) if files else None
+            batches = groups(parts, progress.end, cut_pattern(encoder), how, total)
+            write_tokens(work, progress, batches, encode, dtype, how)
+            if not progress.documents and share == (0, 1):
+                bad = f" ({how.bad:,} bad lines; {how.first_bad})" if how.bad else ""
+                raise UserError(f"{', '.join(map(str, inputs))}: no text in there{bad}; nothing was written")
+            work.complete(progress, dtype)
+        work.publish()
+    if progress.end.bad:
+        print(printable(f"left out {progress.end.bad:,} bad lines; {progress.first_bad}"), file=sys.stderr)
+    return IndexedTokens(out)
+
+
+def merge(inputs: list[str | Path], out: str | Path) -> IndexedTokens:
+    """Write data sets, one after the other, as one with the prefix `out`. Returns it.
+
+    The shards of `prepare`, in order, give the bytes that it gives without shards. Raises UserError if the data sets
+    have different tokenizers or dtypes, or another data set has that name.
+    """
+    check_out(out)
+    outputs = tokenizer_path, bin_path, idx_path = [Path(f"{out}{ending}") for ending in ENDINGS]
+    for path in outputs:
+        if os.path.lexists(path):
+            raise UserError(f"{path} exists; choose another --out or delete it")
+    sets, texts = [IndexedTokens(prefix) for prefix in inputs], []
+    for data in sets:
+        path = Path(f"{data.prefix}{ENDINGS[0]}")
+        try:
+            texts.append(read_small(path, MAX_TOKENIZER_BYTES))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({reason(error)})") from None
+        if (data.dtype, texts[-1]) != (sets[0].dtype, texts[0]):
+            raise UserError(f"{data.prefix} and {sets[0].prefix} were made with different tokenizers")
+        if data.marks != data.documents + 1:
+            raise UserError(
+                f"{data.index_file}: its documents have several sequences; `data.py prepare` makes one each"
+            )
     with new_directory(idx_path.parent):
         # The index is opened first and so renamed last.
         with atomic_write(idx_path, "w+b") as idx, atomic_write(bin_path) as bin, atomic_write(tokenizer_path) as copy:
-            copy.write(text.encode())
-            if not write_tokens(bin, idx, encode, groups(inputs, can_cut(encoder), how), dtype):
-                bad = f" ({how.bad:,} bad lines; {how.first_bad})" if how.bad else ""
-                raise UserError(f"{', '.join(map(str, inputs))}: no text in there{bad}; nothing was written")
+            copy.write(texts[0])
+            idx.write(bytes(HEADER.size))
+            for data in sets:
+                for shard in data.shards:
+                    bin.writelines(shard.blocks(f"copying {shard.path.name}"))
+                idx.writelines(data.sizes.blocks(""))
+            finish_index(idx, sets[0].dtype)
             for file in (idx, bin, copy):  # if the disk is full, fail before the first file is renamed
                 file.flush()
                 os.fsync(file.fileno())
-    if how.bad:
-        print(printable(f"left out {how.bad:,} bad lines; {how.first_bad}"), file=sys.stderr)
     return IndexedTokens(out)
 
 
@@ -350,26 +356,6 @@ def new_directory(path: Path) -> Iterator[None]:
         if isinstance(error, OSError):
             raise UserError(f"{error.filename or path}: {error.strerror}; nothing was written") from None
         raise
-
-
-def check_paths(inputs: list[Path], outputs: list[Path]) -> None:
-    """Raise UserError if an output exists, or if an input is not a file (or a pipe) of a format that is read."""
-    for path in outputs:
-        if os.path.lexists(path):  # unlike Path.exists, it raises nothing; an unusable path fails when it is opened
-            raise UserError(f"{path} exists; choose another --out or delete it")
-    for path in inputs:
-        kind(path)
-        if path == STDIN:
-            if sys.stdin is None:  # descriptor 0 would be one of our own files
-                raise UserError("-: stdin is closed; give it JSON lines")
-            continue
-        try:
-            if path.is_dir():
-                raise UserError(f"{path} is a directory; name the files in it")
-            if not path.exists():
-                raise UserError(f"{path}: no such file")
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}; nothing was written") from None
 
 
 def demo() -> Path:

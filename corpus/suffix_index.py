@@ -213,14 +213,17 @@ def add_index_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--shard", metavar="3/16", help="build only the fourth 16th; other machines build the others")
 
 
+def parse_share(share: str | None) -> tuple[int, int]:
+    """Return (3, 16) for "3/16", (0, 1) for None. Raises UserError."""
+    match = re.fullmatch(r"(\d{1,5})/(\d{1,5})", share or "0/1")
+    if not match or not int(match[1]) < int(match[2]):
+        raise UserError(f"--shard {share}: give a part and the number of parts, 0/16 to 15/16")
+    return int(match[1]), int(match[2])
+
+
 def build_index(data: IndexedTokens, share: str | None) -> None:
     """Build the shards of the index that are not there, all or those of "3/16". Raises UserError."""
-    part, parts = 0, 1
-    if share is not None:
-        match = re.fullmatch(r"(\d{1,5})/(\d{1,5})", share)
-        if not match or not int(match[1]) < int(match[2]):
-            raise UserError(f"--shard {share}: give a part and the number of parts, 0/16 to 15/16")
-        part, parts = int(match[1]), int(match[2])
+    part, parts = parse_share(share)
     load_divsufsort()
     shards = all_shards(data)
     for shard in shards[part::parts]:

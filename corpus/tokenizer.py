@@ -17,6 +17,11 @@ from runtime.manifests import read_listed
 END_OF_TEXT = "<|endoftext|>"  # id 0 in all of Pythia's data
 MAX_TOKENIZER_BYTES = 2**27
 
+# Where a text can be cut: see cut_pattern. Behind BYTE_PLACE is a character that NFC never composes with the one before
+# it, and before it no added token begins, of at most 13 characters.
+PLACES = (r"\S(?=[ \n])", "[A-Za-z](?=[0-9])", "[0-9](?=[A-Za-z])", "[ぁ-ゖァ-ヺ一-鿿](?=[、。，])")
+BYTE_PLACE = r"[^<]{13}(?=[\x00-\x7fぁ-ゖァ-ヺ一-鿿가-힣])"
+
 
 def byte_tokenizer() -> Tokenizer:
     """Build the GPT-NeoX-20B tokenizer of Pythia without its merges: one token per byte, no file needed.
@@ -74,20 +79,31 @@ def load_tokenizer(path: str | Path, verify: bool = False) -> Tokenizer:
     return tokenizer
 
 
-def can_cut(tokenizer: Tokenizer) -> bool:
-    """Return True if cutting a text between a non-space character and white space never changes its tokens.
+def cut_pattern(tokenizer: Tokenizer) -> re.Pattern | None:
+    """Return a pattern that matches a text up to the last place where cutting it never changes its tokens; None if
+    there may be no such place.
 
-    This holds for the byte-level pre-tokenizer of GPT-2, which always splits there: its pattern allows white space only
-    at the start of a pre-token. NFC never composes a character with a space or newline. Added tokens must not contain
-    such a place or absorb the white space beside them. With other tokenizers (in Llama 3 punctuation keeps its newline)
-    a document is encoded in one piece.
+    The byte-level pre-tokenizer of GPT-2 always splits at PLACES: its pattern allows white space only at the start of a
+    pre-token, and letters, digits and punctuation are never in one (but for 's and the like). NFC never composes a
+    character with one of those behind the places. Added tokens must not contain a place or depend on what is beside
+    them. The byte tokenizer has no merges, so no token but an added one has two characters. With other tokenizers (in
+    Llama 3 punctuation keeps its newline) a document is encoded in one piece.
     """
     spec = json.loads(tokenizer.to_str())
-    splitter, normalizer = spec["pre_tokenizer"] or {}, spec["normalizer"] or {"type": "NFC"}
-    return (
-        splitter.get("type") == "ByteLevel"
-        and splitter.get("use_regex", True)
-        and not splitter["add_prefix_space"]
-        and normalizer["type"] == "NFC"
-        and not any(t["lstrip"] or t["rstrip"] or re.search(r"\S\s", t["content"]) for t in spec["added_tokens"])
+    splitter, normalizer, added = (
+        spec["pre_tokenizer"] or {},
+        spec["normalizer"] or {"type": "NFC"},
+        spec["added_tokens"],
     )
+    if (
+        splitter.get("type") != "ByteLevel"
+        or not splitter.get("use_regex", True)
+        or splitter["add_prefix_space"]
+        or normalizer["type"] != "NFC"
+        or any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in added)
+    ):
+        return None
+    places = [place for place in PLACES if not any(re.search(place, token["content"]) for token in added)]
+    if tokenizer.to_str() == byte_tokenizer().to_str():
+        places = [BYTE_PLACE]
+    return re.compile(f".*(?:{'|'.join(places)})", re.DOTALL) if places else None
