@@ -204,7 +204,7 @@ def finish_index(file: BinaryIO, dtype: np.dtype) -> None:
     """
     n = (file.seek(0, os.SEEK_END) - HEADER.size) // 4
     begin = 0  # byte of the .bin
-    for start in range(0, n, INDEX_BLOCK):
+    for start in range(0, max(n, 1), INDEX_BLOCK):
         file.seek(HEADER.size + 4 * start)
         lengths = np.frombuffer(file.read(4 * min(INDEX_BLOCK, n - start)), "<i4") * np.int64(dtype.itemsize)
         file.seek(HEADER.size + 4 * n + 8 * start)

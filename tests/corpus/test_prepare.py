@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from megatron import REPO, assert_refused, run_data
+from megatron import REPO, assert_refused, run_data, write_data
 from test_tokenizer import ODD
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -24,13 +24,15 @@ from corpus import documents, prepare
 from corpus.indexed import IndexedTokens
 from corpus.tokenizer import PLACES, byte_tokenizer, cut_pattern
 from runtime.errors import UserError
+from runtime.run_directory import lock
 
 zstandard = pytest.importorskip("zstandard", reason="packed input needs zstandard")
 
 
 def random_text(rng, length):
     alphabet = [
-        *"ab.!'  \n\n\t1é",
+        *"ab.!'  \n\n\t12é文。、",
+        "か\u3099",
         "e\u0301",
         "\u0301",
         "日",
@@ -243,18 +245,58 @@ def test_large_vocabularies_take_four_bytes(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_input(tmp_path):
-    """Peak memory in MB for inputs of 2 and 8 MB: one text, and many documents. (8 MB of encodings take 1 GB.)"""
-    code = "import resource, sys; from corpus import prepare; prepare.prepare(sys.argv[1:2], sys.argv[2]);"
+    """Peak memory in MB for inputs of 0.5 and 2 MB in small groups. (2 MB of encodings take 250 MB.)"""
+    code = "import resource, sys; from corpus import documents, prepare; documents.GROUP = 1 << 18;"
+    code += "prepare.prepare(sys.argv[1:2], sys.argv[2]);"
     code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
     line, peaks = "All work and no play makes Jack a dull boy.\n", {}
-    for kind, content in (("txt", line), ("jsonl", json.dumps({"text": line}) + "\n")):
-        for megabytes in (2, 8):
-            source = tmp_path / f"{megabytes}.{kind}"
-            source.write_text(content * (megabytes * 1_000_000 // len(content)))
-            run = [sys.executable, "-c", code, str(source), str(tmp_path / f"{kind}{megabytes}")]
-            peaks[kind, megabytes] = int(subprocess.run(run, cwd=REPO, capture_output=True, check=True).stdout)
-    assert peaks["txt", 8] < peaks["txt", 2] + 120
-    assert peaks["jsonl", 8] < peaks["jsonl", 2] + 120
+    for name, content in (
+        ("words.txt", line),
+        ("words.jsonl", json.dumps({"text": line}) + "\n"),
+        ("letters.jsonl", json.dumps({"text": "a"}) + "\n"),
+        ("long.txt", "x" * 100),
+    ):
+        for megabytes in (0.5, 2):
+            source = tmp_path / f"{megabytes}{name}"
+            source.write_text(content * int(megabytes * 1_000_000 / len(content)))
+            run = [sys.executable, "-c", code, str(source), str(tmp_path / f"{megabytes}{name}.out")]
+            peaks[megabytes] = int(subprocess.run(run, cwd=REPO, capture_output=True, check=True).stdout)
+        assert peaks[2] < peaks[0.5] + 70, name
+
+
+def test_one_long_line_takes_three_times_its_size(tmp_path):
+    """Peak memory in MB: the line, its text, and the JSON between them."""
+    code = "import resource, sys, numpy, tokenizers; from corpus import documents, prepare;"
+    code += "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024; before = peak();"
+    code += "part = documents.Part(prepare.Path(sys.argv[1])); bar = documents.tqdm(disable=True);"
+    code += "[len(chunk) for text, _ in documents.documents(0, part, bar, documents.Lines()) for chunk in text];"
+    code += "print(peak() - before)"
+    (tmp_path / "in.jsonl").write_text(json.dumps({"text": "Some words. " * 4_000_000}))
+    run = [sys.executable, "-c", code, str(tmp_path / "in.jsonl")]
+    assert int(subprocess.run(run, cwd=REPO, capture_output=True, check=True).stdout) < 3 * 48
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "in.jsonl.gz"])
+def test_lines_that_are_too_long(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(documents, "LONGEST_LINE", 30)
+    good, long = b'{"text": "abcdefghijklmnopqr"}', b'{"text": "abcdefghijklmnopqrs"}'
+    raw = b"\n".join([good, long, long[:-1] + b"x" * 200_000 + b"}", good])
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+    with pytest.raises(UserError, match=f"{name}: line 2 has more than 30 bytes; .*--skip-bad"):
+        prepare.prepare([tmp_path / name], tmp_path / "out")
+    prepare.prepare([tmp_path / name], tmp_path / "out", skip_bad=True)
+    assert [len(document) for document in documents_of(tmp_path / "out")[0]] == [19, 19]
+
+
+def test_text_that_cannot_be_cut(tmp_path, monkeypatch, merging_tokenizer):
+    small_pieces(monkeypatch, 16, 100)
+    monkeypatch.setattr(documents, "LONGEST_PIECE", 64)
+    (tmp_path / "in.txt").write_text("x" * 1000)
+    assert prepare.prepare([tmp_path / "in.txt"], tmp_path / "bytes").tokens == 1001
+    with pytest.raises(UserError, match=r"in.txt: a document has more than 64 characters without a place"):
+        prepare.prepare([tmp_path / "in.txt"], tmp_path / "out", merging_tokenizer)
+    (tmp_path / "in.txt").write_text("x" * 30 + "1" * 30 + "文" * 30 + "。" * 30 + " x")
+    prepare.prepare([tmp_path / "in.txt"], tmp_path / "out", merging_tokenizer)
 
 
 # --- Commands and bad input -----------------------------------------------------------------------------------------
@@ -279,6 +321,14 @@ def test_prepare_info_view(tmp_path):
     assert run.returncode == 0, run.stderr
     assert "first document.\n" in run.stdout
     assert "mit Umlaut: ü" in run.stdout
+
+
+def test_end_of_text_in_a_text(tmp_path):
+    """It becomes id 0, as in GPT-NeoX: the same tokens as two documents, but one document."""
+    (tmp_path / "in.jsonl").write_text(json.dumps({"text": "one<|endoftext|>two"}) + "\n")
+    prepare.prepare([tmp_path / "in.jsonl"], tmp_path / "out")
+    one, two = (byte_tokenizer().encode(text).ids for text in ("one", "two"))
+    assert documents_of(tmp_path / "out")[0] == [[*one, 0, *two, 0]]
 
 
 def line_file(number, line):
@@ -584,6 +634,213 @@ def test_interrupt_leaves_nothing(tmp_path, source, number):
         assert stop(run, number) == ("", "")
     assert run.returncode == 128 + number
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+# --- Shards ---------------------------------------------------------------------------------------------------------
+
+
+def mixed_inputs(directory, count=60):
+    """All kinds of inputs, with bad lines and characters of many bytes. Returns their paths."""
+    rng = np.random.default_rng(1)
+    lines = [json.dumps({"text": random_text(rng, int(n))}, ensure_ascii=False) for n in rng.integers(0, 60, count)]
+    lines[3:3] = ["{bad", "", "日本語"]
+    raw = "\n".join(lines).encode()
+    files = {"a.jsonl": raw, "b.txt": "日本語 text".encode() * 20, "c.jsonl.gz": gzip.compress(raw), "none.jsonl": b""}
+    files |= {"d.ndjson": raw[: len(raw) // 3] + b"\n\n", "e.jsonl.zst": zstandard.ZstdCompressor().compress(raw)}
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+    return [directory / name for name in files]
+
+
+def output(prefix):
+    return [Path(f"{prefix}{ending}").read_bytes() for ending in prepare.ENDINGS]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 16])
+def test_shards_merge_to_the_bytes_of_one_machine(tmp_path, capsys, count):
+    inputs = mixed_inputs(tmp_path)
+    prepare.prepare(inputs, tmp_path / "whole", skip_bad=True)
+    (note,) = capsys.readouterr().err.splitlines()
+    prefixes = [tmp_path / f"{k}" for k in range(count)]
+    shards = [prepare.prepare(inputs, out, skip_bad=True, share=(k, count)) for k, out in enumerate(prefixes)]
+    prepare.merge(prefixes, tmp_path / "merged")
+    assert output(tmp_path / "merged") == output(tmp_path / "whole")
+    assert count < 5 or sum(shard.documents > 0 for shard in shards) > 3
+    left_out = [int(line.split()[2]) for line in capsys.readouterr().err.splitlines()]
+    assert sum(left_out) == int(note.split()[2])
+
+
+def test_cuts_are_at_lines(tmp_path):
+    """Every number of shards: their parts of a file are neighbours, and each begins with a line."""
+    raw = 'é日😀\n\n{"a": 1}\r\nlong line 日本語\n'.encode() * 3
+    (tmp_path / "a.jsonl").write_bytes(raw)
+    (tmp_path / "b.jsonl").write_bytes(raw + b"end")
+    for count in (1, 2, 3, 7, len(raw), 2 * len(raw) + 3, 2 * len(raw) + 50):
+        shards = [documents.parts_of([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], (k, count)) for k in range(count)]
+        for name, content in (("a.jsonl", raw), ("b.jsonl", raw + b"end")):
+            parts = [part for parts in shards for part in parts if part.path.name == name]
+            begins = [part.start for part in parts]
+            assert begins[0] == 0
+            assert all(content[begin - 1 : begin] == b"\n" for begin in begins[1:])
+            if count > 1:
+                assert [part.stop for part in parts] == [*begins[1:], len(content)]
+            assert all(len(parts) < 3 for parts in shards)
+
+
+def test_shards_on_the_command_line(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n{"text": ')
+    line = ("prepare", "--input", "in.jsonl", "--skip-bad", "--out")
+    assert "2 documents" in run_data(tmp_path, *line, "m0", "--shard", "0/2").stdout
+    assert "1 documents" in run_data(tmp_path, *line, "m1", "--shard", "1/2").stdout
+    assert "3 documents" in run_data(tmp_path, "merge", "--input", "m0", "m1", "--out", "m").stdout
+    for source, message in ((tmp_path / "in.jsonl", "in.jsonl: the line at byte 50 is not"), ("-", "needs files")):
+        with pytest.raises(UserError, match=message):
+            prepare.prepare([source], tmp_path / "x", share=(1, 2))
+
+
+def test_what_does_not_merge(tmp_path, merging_tokenizer):
+    (tmp_path / "in.txt").write_text("words")
+    prepare.prepare([tmp_path / "in.txt"], tmp_path / "a")
+    prepare.prepare([tmp_path / "in.txt"], tmp_path / "b", merging_tokenizer)
+    write_data(tmp_path / "c", [[1, 2], [3]])
+    write_data(tmp_path / "d", [[1, 2], [3]], marks=[0, 2])
+    (tmp_path / "d.tokenizer.json").write_bytes((tmp_path / "a.tokenizer.json").read_bytes())
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for inputs, out, message in (
+        ("ab", "out", "a were made with different tokenizers"),
+        ("ac", "out", "c.tokenizer.json: cannot be read"),
+        ("ad", "out", "d.idx: its documents have several sequences"),
+        ("ax", "out", "x.idx: No such file"),
+        ("aa", "a", "a.tokenizer.json exists"),
+        ("aa", "out/", "give a prefix in it"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            prepare.merge([tmp_path / name for name in inputs], f"{tmp_path}/{out}")
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# --- Resuming -------------------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, random, signal, sys
+from corpus import documents, prepare
+from runtime.errors import UserError
+from runtime.run_directory import lock
+
+documents.CHUNK = documents.PACKED_CHUNK = 64
+documents.GROUP, prepare.SAVE_SECONDS = 400, -1
+share, workers, out, *inputs = sys.argv[1:]
+
+def killing(call, left=[0]):
+    def wrapped(*args, **options):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*args, **options)
+    return wrapped
+
+for number in range(1000):
+    if (child := os.fork()) == 0:  # nothing was encoded here, so there are no threads
+        killing.__defaults__[0][0] = random.Random(number).randint(1, 50)
+        os.fsync, os.rename, os.unlink, os.rmdir = map(killing, (os.fsync, os.rename, os.unlink, os.rmdir))
+        try:
+            prepare.prepare(inputs, out, None, int(workers), skip_bad=True, share=tuple(map(int, share.split("/"))))
+        except UserError as error:  # it was killed while it removed the work directory of the complete data set
+            os._exit(0 if ".tokenizer.json exists" in str(error) else 1)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status != -signal.SIGKILL:
+        print(number)
+        sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize(("share", "workers"), [("0/1", "1"), ("1/3", "3")])
+def test_killed_again_and_again(tmp_path, share, workers):
+    """kill -9 at any flush, rename or removal: the result has the bytes of an undisturbed run, and nothing stays."""
+    inputs = mixed_inputs(tmp_path)
+    part = tuple(map(int, share.split("/")))
+    whole = prepare.prepare(inputs, tmp_path / "whole", skip_bad=True, share=part)
+    command = [sys.executable, "-c", KILLED, share, workers, tmp_path / "out", *inputs]
+    run = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) > 2
+    done = [int(n) for n in re.findall(r"going on after (\d+) documents", run.stderr)]
+    assert done == sorted(done)
+    assert sum(0 < n < whole.documents for n in done) > 1
+    assert output(tmp_path / "out") == output(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.bin", "out.idx", "out.tokenizer.json"]
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch, capsys):
+    """`prepare` that stopped at a bad line, the third of in.jsonl, with two documents recorded in out.preparing."""
+    monkeypatch.setattr(prepare, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(documents, "GROUP", 1)
+    (tmp_path / "in.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{bad\n{"text": "three"}\n')
+    with pytest.raises(UserError, match="line 3"):
+        prepare.prepare([tmp_path / "in.jsonl"], tmp_path / "out")
+    return tmp_path / "out.preparing"
+
+
+def test_a_stopped_run_goes_on(tmp_path, stopped, capsys):
+    note = f"note: {stopped} keeps what is done; the same command goes on from there\n"
+    assert capsys.readouterr().err == note
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.preparing"]
+    with lock(stopped), pytest.raises(UserError, match=r"out.preparing is in use by process"):
+        prepare.prepare([tmp_path / "in.jsonl"], tmp_path / "out")
+    with pytest.raises(UserError, match="the line at byte 32 is not"):
+        prepare.prepare([tmp_path / "in.jsonl"], tmp_path / "out")
+    assert capsys.readouterr().err == f"{stopped}: going on after 2 documents\n{note}"
+    prepare.prepare([tmp_path / "in.jsonl"], tmp_path / "out", skip_bad=True)
+    prepare.prepare([tmp_path / "in.jsonl"], tmp_path / "whole", skip_bad=True)
+    assert "left out 1 bad lines" in capsys.readouterr().err
+    assert output(tmp_path / "out") == output(tmp_path / "whole")
+    assert not stopped.exists()
+
+
+def test_another_command_does_not_go_on(tmp_path, stopped, merging_tokenizer):
+    before = {path: path.read_bytes() for path in stopped.iterdir()}
+    source = tmp_path / "in.jsonl"
+    for options, name in (
+        ({"tokenizer": merging_tokenizer}, "--tokenizer"),
+        ({"text_key": "body"}, "--text-key"),
+        ({"share": (0, 2)}, "--shard"),
+        ({"inputs": [source, source]}, "--input"),
+    ):
+        with pytest.raises(UserError, match=f"out.preparing keeps .*{name} differ.* or delete that directory"):
+            prepare.prepare(**{"inputs": [source], "out": tmp_path / "out"} | options)
+    os.utime(source, (1, 1))
+    with pytest.raises(UserError, match="--input differ, or the files have changed"):
+        prepare.prepare([source], tmp_path / "out")
+    assert {path: path.read_bytes() for path in stopped.iterdir()} == before
+
+
+def test_damaged_progress_is_refused(tmp_path, stopped):
+    record, tokens = stopped / "progress.json", stopped / "out.bin"
+    good = record.read_bytes()
+    for bad in (b"", b"[", b"[]", b"{}", good[:-9], good.replace(b'"bin_bytes": ', b'"bin_bytes": -'), b"9" * 10_000,
+                good.replace(b'"end": [', b'"end": [1, '), good.replace(b'"documents": 2', b'"documents": "2"'),
+                good.replace(b'"shard"', b'"part"'), good.replace(b"complete", b"more")):  # fmt: skip
+        record.write_bytes(bad)
+        with pytest.raises(UserError, match=r"progress.json is damaged .* delete .*out.preparing to start"):
+            prepare.prepare([tmp_path / "in.jsonl"], tmp_path / "out", skip_bad=True)
+        assert record.read_bytes() == bad
+    record.write_bytes(good)
+    tokens.write_bytes(tokens.read_bytes()[:4])
+    with pytest.raises(UserError, match="the files beside it are shorter"):
+        prepare.prepare([tmp_path / "in.jsonl"], tmp_path / "out", skip_bad=True)
+
+
+def test_leftovers_without_progress_are_cleaned(tmp_path):
+    (tmp_path / "in.txt").write_text("words")
+    (tmp_path / "out.preparing").mkdir()
+    for name in ("out.bin", "out.idx", "out.tokenizer.json", ".progress.json.0123.tmp", "notes of a user"):
+        (tmp_path / "out.preparing" / name).write_text("left by a killed process" * 9)
+    prepare.prepare([tmp_path / "in.txt"], tmp_path / "out")
+    assert documents_of(tmp_path / "out")[0] == [[*byte_tokenizer().encode("words").ids, 0]]
+    assert [path.name for path in (tmp_path / "out.preparing").iterdir()] == ["notes of a user"]
 
 
 # --- The demo corpus ------------------------------------------------------------------------------------------------

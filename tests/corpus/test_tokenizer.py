@@ -4,7 +4,7 @@ import re
 
 from tokenizers import normalizers, pre_tokenizers
 
-from corpus.tokenizer import byte_tokenizer
+from corpus.tokenizer import BYTE_PLACE, PLACES, byte_tokenizer
 
 # Scripts with and without spaces, combining marks that NFC composes (e + U+0301, Hangul jamo), runs of spaces (added
 # tokens in Pythia's tokenizer), all kinds of white space, emoji with joiners, NUL, and a literal <|endoftext|>.
@@ -58,8 +58,8 @@ def test_text_survives():
 
 
 def test_no_token_crosses_a_cut():
-    """What can_cut relies on, for nearly all characters: white space after another character starts a pre-token, and
-    NFC does not change it."""
+    """What cut_pattern relies on, for nearly all characters: white space after another character starts a pre-token,
+    and NFC does not change it."""
     codes = [*range(0xD800), *range(0xE000, 0x10000), *range(0x10000, 0x110000, 31)]
     characters = [chr(code) for code in codes if not chr(code).isspace()]
     text = "".join(f"{c}\n{c} {c}" for c in characters)
@@ -71,3 +71,28 @@ def test_no_token_crosses_a_cut():
         c, d = characters[start], characters[start - 1]
         for space in (" ", "\n"):
             assert nfc.normalize_str(c + space + d) == nfc.normalize_str(c) + nfc.normalize_str(space + d)
+
+
+def test_nothing_composes_across_a_cut():
+    """NFC never composes a character with one that the patterns of cuts have behind the cut, whatever it is."""
+    nfc = normalizers.NFC()
+    behind = []
+    for place in (BYTE_PLACE, *PLACES):
+        allowed = re.compile(place[place.index("(?=") + 3 : -1])
+        behind += [chr(code) for code in range(0xD800) if allowed.fullmatch(chr(code))]
+    assert len(behind) > 30_000
+    before = ["a", "e\u0301", "か", "가", "\u1100", "\u1161", "\u09c7", "\U00011099", "\u0301"]
+    for c in before:
+        text = "".join(c + d + "\n" for d in behind)
+        assert nfc.normalize_str(text) == "".join(nfc.normalize_str(c) + d + "\n" for d in behind)
+
+
+def test_letters_digits_and_punctuation_are_apart():
+    """The pre-tokenizer of GPT-2 splits at all PLACES."""
+    splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    for left, right in (("aZ", "09"), ("09", "aZ"), ("文ぁゖァヺ一鿿", "、。，")):
+        for a in left:
+            for b in right:
+                for text in (f"{a}{a}{b}{b}", f" {a}{b}", f"'{a}{b}", f"'s{a}{b}", f"!{a}{b}'s"):
+                    starts = [start for _, (start, _) in splitter.pre_tokenize_str(text)]
+                    assert text.index(b) in starts or "'s" in text, text
