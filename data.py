@@ -285,7 +285,8 @@ def fingerprint_differences(stored: dict, here: dict) -> list[str]:
 def run_prepare(args: argparse.Namespace) -> None:
     """Convert text to PREFIX.bin, PREFIX.idx and PREFIX.tokenizer.json. A .jsonl or .ndjson file has one document per
     line, {"text": "..."}. Files of another format (.json, .csv, .parquet, .tar, .pdf, ...) are refused. Any other file
-    is one document of UTF-8 text. All may be compressed (.zst, .gz)."""
+    is one document of UTF-8 text. All may be compressed (.zst, .gz). An <|endoftext|> in a text becomes id 0, as in
+    GPT-NeoX. The same command goes on after a kill: until all is complete, the work lies in PREFIX.preparing."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # cleans up as Ctrl-C does
     share = parse_share(args.shard)
     data = prepare(args.input, args.out, args.tokenizer, args.workers, args.text_key, args.skip_bad, share)
@@ -601,7 +602,7 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--workers", type=int, metavar="N", help="threads that encode (default: one per core)")
     command.add_argument("--text-key", default="text", metavar="KEY", help="of JSON lines (default: %(default)s)")
     command.add_argument("--skip-bad", action="store_true", help="leave bad JSON lines out, print their number")
-    command.add_argument("--shard", metavar="3/16", help="only the fourth 16th; other machines take the others: merge")
+    command.add_argument("--shard", metavar="3/16", help="only the fourth 16th of the bytes; see `data.py merge`")
     command = add("merge", run_merge, "--input corpora/mine-00 corpora/mine-01 --out corpora/mine")
     command.add_argument("--input", nargs="+", required=True, metavar="PREFIX", help="in order")
     command.add_argument("--out", required=True, metavar="PREFIX", help="must not exist yet")
