@@ -102,14 +102,17 @@ class Run:
         run = str(self.path) if (self.path / "run.json").exists() else None
         if not run and not self.data_at:
             raise UserError(f"{self.path} has no run.json: give its data as --data")
-        asked = argparse.Namespace(**dict.fromkeys(data.DEFAULTS) | {"data": self.data_at}, run=run, demo=False)
+        given = dict.fromkeys(data.DEFAULTS) | {"data": self.data_at, "edits": None}
+        asked = argparse.Namespace(**given, run=run, demo=False)
         data.take_settings(asked)
         return asked
 
     @cached_property
     def rows(self) -> data.Rows:
-        """The rows in the order in which the run served them. Raises UserError if the data is that of another run."""
-        return data.open_asked(self.asked)
+        """The rows as the run served them, with its edits. Raises UserError if the data is that of another run."""
+        rows = data.open_asked(self.asked)
+        data.add_edits(self.asked, rows)
+        return rows
 
     def origins(self, numbers: np.ndarray) -> Columns:
         """The document of the first token of rows, and which copy of this document in the order it is (epoch, from 0).
@@ -129,12 +132,17 @@ class Run:
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
+def recorded_settings(directory: Path) -> dict:
+    """The settings of the training, which a checkpoint of ours records; {} for a published one."""
+    return (read_checkpoint(directory).get("run") or {}).get("settings", {})
+
+
 def trained_config(directory: Path) -> Config:
     """The shape of the model of a checkpoint. A checkpoint of ours gets the GELU of its training, which its config.json
     may not have; a published one keeps that of its config.json."""
-    config, record = read_config(directory), read_checkpoint(directory).get("run") or {}
-    gelu = record.get("settings", {}).get("gelu", config.gelu)
-    return replace(config, gelu=gelu if gelu in ("tanh", "none") else config.gelu)
+    config = read_config(directory)
+    gelu = recorded_settings(directory).get("gelu")
+    return replace(config, gelu=gelu) if gelu in ("tanh", "none") else config
 
 
 def stream(run: Path, steps: list[int], device: torch.device, dtype: torch.dtype) -> Iterator[tuple[int, Pythia]]:
@@ -149,6 +157,7 @@ def stream(run: Path, steps: list[int], device: torch.device, dtype: torch.dtype
     with torch.device("meta"):
         model = Pythia(config)
     model.to(dtype).to_empty(device=device).requires_grad_(False)
+    model.document_mask = bool(recorded_settings(run / f"step{steps[0]}").get("document_mask"))
 
     def read(step: int) -> dict[str, Tensor]:
         directory = run / f"step{step}"
@@ -226,9 +235,14 @@ class Study:
         return self.out / "parts" / f"{run.name}-step{step}.parquet"
 
     def columns(self, run: Run, step: int) -> Columns:
-        """The items, and what was measured under a checkpoint."""
-        table = pq.read_table(self.part(run, step))
-        return {name: table[name].to_numpy() for name in table.column_names[2:]}  # without run and step
+        """The items, and what was measured under a checkpoint: arrays [items, ..]."""
+        table, found = pq.read_table(self.part(run, step)), {}
+        for name in table.column_names[2:]:  # without run and step
+            array = table[name].combine_chunks()
+            is_list = pa.types.is_fixed_size_list(array.type)
+            found[name] = (array.flatten() if is_list else array).to_numpy(zero_copy_only=False)
+            found[name] = found[name].reshape(len(table), -1) if is_list else found[name]
+        return found
 
     def _keys(self, run: Run, given: Columns) -> dict[int, str]:
         """For each step a hash of what its part depends on."""
@@ -242,20 +256,23 @@ class Study:
 
     def _gather(self, results: list[Columns], count: int, batch: int) -> Columns:
         """The columns of all ranks, in the order of the items. Every rank gives those of its batches."""
-        types = {name: values.dtype.str for name, values in results[0].items()} if results else {}
+        types = {name: (values.dtype.str, values.shape[1:]) for name, values in results[0].items()} if results else {}
         types = json.loads(self.dist.all_gather_str(json.dumps(types))[0])  # a rank may have no batch
         rounds, columns = -(-count // (batch * self.dist.world_size)), {}
-        for name, dtype in types.items():
-            own = np.zeros(rounds * batch, dtype)
+        for name, (dtype, shape) in types.items():
+            own = np.zeros((rounds * batch, *shape), dtype)
             for i, result in enumerate(results):
                 own[i * batch :][: len(result[name])] = result[name]
             parts = self.dist.all_gather(torch.from_numpy(own.view(np.uint8))).numpy().view(dtype)
-            columns[name] = parts.reshape(-1, rounds, batch).swapaxes(0, 1).reshape(-1)[:count]
+            columns[name] = parts.reshape(-1, rounds, batch, *shape).swapaxes(0, 1).reshape(-1, *shape)[:count]
         return columns
 
     def _write_part(self, run: Run, step: int, key: str, columns: Columns) -> None:
         count = len(next(iter(columns.values())))
         names = pa.DictionaryArray.from_arrays(np.zeros(count, np.int32), [run.name])
+        for name, values in columns.items():
+            if values.ndim == 2:  # a list for every item
+                columns[name] = pa.FixedSizeListArray.from_arrays(values.ravel(), values.shape[1])
         table = pa.table({"run": names, "step": np.full(count, step, np.int32), **columns})
         path = self.part(run, step)
         with one_line_errors(path):

@@ -12,7 +12,7 @@ from bench import picture
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMAND = re.compile(r"(?:-m )?\b(bench\.\w+|\w+\.py)((?: edit)?(?: [a-z]+(?:-[a-z]+)*\b)?)(.*)")
+COMMAND = re.compile(r"(?:-m )?\b((?:bench|studies)\.\w+|\w+\.py)((?: edit)?(?: [a-z]+(?:-[a-z]+)*\b(?!/))?)(.*)")
 
 
 def paths(page: Path) -> set[str]:
@@ -70,8 +70,9 @@ def test_flags_exist(page, help_of):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_flags_without_a_command_exist(page, help_of):
-    """`--bitwise` alone, as a sentence names it: a flag of train.py, data.py or torchrun."""
+    """`--bitwise` alone, as a sentence names it: a flag of train.py, data.py, torchrun or a study."""
     asked = ("train.py", ""), ("data.py", "prepare"), ("data.py", "find"), ("torch.distributed.run", "")
+    asked += tuple(name for name in help_of if name[0].startswith("studies."))
     known = "".join(help_of[name] for name in asked)
     known = known.replace("_", "-")
     flags = re.findall(r"`(--[a-z-]+)", page.read_text())

@@ -1,0 +1,203 @@
+"""The loss of every training row when the model first met it; and with --probe the loss of given texts in time.
+
+Without --probe the command reads RUN/row_loss.bin, and no checkpoint. `excess` is the loss of a row minus the mean of
+its step: what is left when the progress of the run is taken away. --every and --limit choose rows.
+
+    items.parquet    every row: row, step, document and epoch of its first token, same_as and copy (rows with exactly
+                     its tokens, and how many of them came before), loss, excess
+    summary.csv      by parts of training: mean and quantiles of the loss; excess of first and later sights of a
+                     document, and of first and later copies of a row
+    documents.csv    every document that several rows begin in: mean excess, and its error
+
+With --probe FILE.jsonl, one {"text": ".."} or {"tokens": [..]} a line, items.parquet has every text under every
+checkpoint: nll, the surprisal in nats of each token but the first, given those before it; NaN after the end of a text.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from corpus.indexed import block_slices
+from corpus.order import row_digests
+from corpus.tokenizer import load_tokenizer, tokenizer_errors
+from model import Pythia
+from runtime.errors import Parser, UserError, run_command
+from runtime.files import READ_ERRORS, atomic_write, open_regular, reason
+from runtime.run_directory import one_line_errors
+from studies import figures
+from studies.common import Columns, Run, Study, all_ranks, study_parser, write_csv
+from studies.memorization import describe_rows, mean
+
+PARTS = 50  # of training, in summary.csv
+QUANTILES = (5, 25, 50, 75, 95)
+
+# ---- rows of training ------------------------------------------------------------------------------------------------
+
+
+def read_row_losses(run: Run) -> np.ndarray:
+    """RUN/row_loss.bin: float32 [rows], in the order of training; whole steps only. Raises UserError."""
+    path = run.path / "row_loss.bin"
+    try:
+        with open_regular(path) as file:
+            losses = np.frombuffer(file.read(), "<f4")
+    except READ_ERRORS as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}") from None
+    batch = run.asked.batch_size
+    return losses[: len(losses) // batch * batch]
+
+
+def trace_rows(run: Run, losses: np.ndarray, numbers: np.ndarray) -> Columns:
+    """The columns of items.parquet for some rows of a run."""
+    steps = losses.reshape(-1, run.asked.batch_size).mean(1, dtype=np.float64)
+    blocks = block_slices(len(numbers), "reading rows", 1 << 12)
+    items = describe_rows(
+        run, numbers, np.concatenate([row_digests(run.rows.take(numbers[block])) for block in blocks])
+    )
+    step = items.pop("seen_at")
+    return items | {"step": step, "loss": losses[numbers], "excess": (losses[numbers] - steps[step]).astype(np.float32)}
+
+
+def parts_of_training(items: Columns) -> list[dict]:
+    """The lines of summary.csv: every part has the same number of rows, or nearly."""
+    lines = []
+    for part in np.array_split(np.arange(len(items["row"])), min(PARTS, len(items["row"]))):
+        one = {name: values[part] for name, values in items.items()}
+        known = one["loss"][~np.isnan(one["loss"])]
+        line = {"first_step": int(one["step"][0]), "last_step": int(one["step"][-1]), "rows": len(part)}
+        line |= {"loss": mean(known)} | {
+            f"q{q}": mean(np.percentile(known, [q])) if len(known) else mean(known) for q in QUANTILES
+        }
+        for name, key in (("sight", "epoch"), ("copy", "copy")):
+            line[f"excess_first_{name}"] = mean(one["excess"][one[key] <= 0])
+            line[f"excess_later_{name}"] = mean(one["excess"][one[key] > 0])
+        lines.append(line)
+    return lines
+
+
+def documents_of(items: Columns) -> list[dict]:
+    """The lines of documents.csv, the most surprising document first."""
+    known = (items["document"] >= 0) & ~np.isnan(items["excess"])
+    documents, group, counts = np.unique(items["document"][known], return_inverse=True, return_counts=True)
+    excess = items["excess"][known].astype(np.float64)
+    means = np.bincount(group, excess) / counts
+    squares = np.bincount(group, (excess - means[group]) ** 2)
+    several = np.flatnonzero(counts > 1)
+    errors = np.sqrt(squares[several] / (counts[several] - 1) / counts[several])
+    names = ("document", "rows", "excess", "error")
+    columns = documents[several], counts[several], means[several], errors
+    order = np.argsort(-columns[2], kind="stable")
+    return [dict(zip(names, line)) for line in zip(*(column[order].tolist() for column in columns))]
+
+
+def trace_run(run: Run, study: Study) -> None:
+    losses = read_row_losses(run)
+    items = trace_rows(run, losses, study.sample(len(losses)))
+    tables = {"summary": parts_of_training(items), "documents": documents_of(items)}
+    path = study.out / "items.parquet"
+    with one_line_errors(path):
+        study.out.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            pq.write_table(pa.table(items), file)
+    for name, lines in tables.items():
+        if lines:
+            write_csv(study.out / f"{name}.csv", lines)
+    figures.draw_rows(study.out, tables["summary"])
+
+
+# ---- probes ----------------------------------------------------------------------------------------------------------
+
+
+def read_probes(file: Path, tokenizer_file: Path) -> list[list[int]]:
+    """The tokens of every probe of a .jsonl file. Raises UserError that names the first wrong line."""
+    probes, tokenizer, number = [], None, 0
+    try:
+        with open_regular(file) as opened:
+            for line in opened:
+                number += 1
+                probe = json.loads(line)
+                if "text" in probe:
+                    tokenizer = tokenizer or load_tokenizer(tokenizer_file, verify=True)
+                    with tokenizer_errors(tokenizer_file):
+                        probe["tokens"] = tokenizer.encode(probe["text"]).ids
+                tokens = probe["tokens"]
+                if len(tokens) < 2 or not all(type(token) is int and token >= 0 for token in tokens):
+                    raise ValueError("a probe needs two tokens or more, ids that are not negative")
+                probes.append(tokens)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {reason(error)}") from None
+    except READ_ERRORS as error:
+        raise UserError(
+            f'{file}, line {number}: {error!r}; each line is {{"text": ..}} or {{"tokens": [..]}}'
+        ) from None
+    if not probes:
+        raise UserError(f"{file} has no probes")
+    return probes
+
+
+def measure_probes(study: Study, probes: list[list[int]], batch: int = 16) -> None:
+    """Measure the surprisal of every token of the probes under all checkpoints of all runs."""
+    lengths = np.array([len(probe) for probe in probes], np.int32)
+    tokens = np.zeros((len(probes), lengths.max()), np.int64)
+    for padded, probe in zip(tokens, probes):
+        padded[: len(probe)] = probe
+
+    def compute(step: int, model: Pythia, columns: Columns) -> Columns:
+        if (most := int(columns["tokens"].max())) >= model.config.vocab:
+            raise UserError(f"a probe has token id {most}, the model has {model.config.vocab} ids")
+        rows = torch.from_numpy(columns["tokens"]).to(study.device)
+        nll = model(rows[:, :-1], rows[:, 1:], "none").float().cpu().numpy()  # [texts, longest - 1]
+        nll[np.arange(nll.shape[1]) >= columns["length"][:, None] - 1] = np.nan
+        return {"nll": nll}
+
+    items = {"text": np.arange(len(probes), dtype=np.int32), "length": lengths}
+    for run in study.runs:
+        study.measure(run, items, compute, batch, {"tokens": tokens})
+
+
+def write_probes(study: Study) -> None:
+    """Write probes.csv, the mean surprisal of every text under every checkpoint, and draw it."""
+    lines = []
+    for run in study.runs:
+        for step in run.steps:
+            means = np.nanmean(study.columns(run, step)["nll"], axis=1, dtype=np.float64)
+            lines += [{"run": run.name, "step": step, "text": i, "nll": nll} for i, nll in enumerate(means.tolist())]
+    write_csv(study.out / "probes.csv", lines)
+    figures.draw_probes(study.out, lines)
+
+
+def add_probe_flags(parser: Parser, required: bool = False) -> None:
+    parser.add_argument("--probe", type=Path, metavar="FILE.jsonl", required=required, help="texts, or tokens")
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="tokenizer.json (default: of the last checkpoint)"
+    )
+
+
+def probes_of(study: Study, args) -> list[list[int]]:
+    """The probes of the command line that --every and --limit leave."""
+    last = study.runs[0].path / f"step{study.runs[0].steps[-1]}" / "tokenizer.json"
+    probes = read_probes(args.probe, args.tokenizer or last)
+    return [probes[i] for i in study.sample(len(probes))]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = study_parser("trace", __doc__.split("\n\n")[0])
+    add_probe_flags(parser)
+    args = parser.parse_args(arguments)
+    with all_ranks() as dist:
+        study = Study("trace", args, {}, dist)
+        if args.probe:
+            measure_probes(study, probes_of(study, args))
+            study.finish(lambda run, step, items: {"nll": float(np.nanmean(items["nll"]))})
+            dist.run_on_main(lambda: write_probes(study))
+        elif len(study.runs) > 1:
+            raise UserError("give one RUN, or --probe")
+        else:
+            dist.run_on_main(lambda: trace_run(study.runs[0], study))
+
+
+if __name__ == "__main__":
+    run_command(main)
