@@ -44,7 +44,7 @@ from checkpoints.manifest import choose_steps, read_checkpoint
 from corpus.order import Order
 from model import Config, Pythia
 from model.huggingface import read_config, read_weights
-from runtime.errors import Parser, UserError
+from runtime.errors import Parser, UserError, printable
 from runtime.files import READ_ERRORS, atomic_write, read_small, reason
 from runtime.manifests import checksums, saved_steps
 from runtime.ranks import Dist, end_dist, init_dist
@@ -309,6 +309,7 @@ class Study:
         }
         with one_line_errors(self.out), atomic_write(self.out / "manifest.json", "w") as file:
             file.write(json.dumps(record, indent=1) + "\n")
+        print(printable(f"{self.out}: tables and figures"))
         return summary
 
 

@@ -31,6 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from scipy.stats import binomtest
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -38,6 +39,7 @@ from tqdm import tqdm
 from model import Pythia
 from runtime.errors import UserError, printable, run_command
 from studies.common import Columns, Run, Study, all_ranks, read_lines, study_parser
+from studies.figures import GREY, by_run, column, line_with_band, save_figure
 from studies.likelihood import encode_pair, pad, score, tokenizer_of
 
 MASCULINE, FEMININE = ("he", "him", "his", "himself"), ("she", "her", "hers", "herself")
@@ -210,6 +212,27 @@ def summary_of(items: Columns, base: Columns | None, seed: int) -> dict:
     return line
 
 
+def draw_question(out: Path, question: str, summary: list[dict]) -> None:
+    """Draw the stereotypical answers to a question over training, and the changes against the base."""
+
+    def share(axes: Axes) -> None:
+        for run, lines in by_run(summary):
+            axes.plot(column(lines, "step"), column(lines, f"{question}_stereotype"), marker="o", label=run)
+        axes.axhline(0.5, color=GREY, lw=0.8)
+
+    def change(axes: Axes) -> None:
+        for run, lines in by_run(changed):
+            names = (f"{question}_{name}" for name in ("change", "change_low", "change_high"))
+            line_with_band(axes, column(lines, "step"), *(column(lines, name) for name in names), run)
+        axes.axhline(0, color=GREY, lw=0.8)
+
+    save_figure(out, question, share, f"Stereotypical answers: {question}", "step", "share of items")
+    changed = [line for line in summary if line[f"{question}_change"] is not None]
+    if changed:
+        title = f"Change against {summary[0]['run']}: {question}"
+        save_figure(out, f"{question}_change", change, title, "step", "log-odds in nats")
+
+
 def base_items(study: Study) -> Callable[[Run, int], Columns | None]:
     """The items of the base at the step of another run; None where there is nothing to compare."""
     base = study.runs[0]
@@ -245,7 +268,10 @@ def main(arguments: list[str] | None = None) -> None:
         for run in study.runs:
             study.measure(run, items, answer, args.batch, inputs)
         before = base_items(study)
-        study.finish(lambda run, step, found: summary_of(found, before(run, step), args.seed))
+        summary = study.finish(lambda run, step, found: summary_of(found, before(run, step), args.seed))
+        for question in QUESTIONS[:-1]:
+            if question in items["question"]:
+                dist.run_on_main(lambda: draw_question(study.out, question, summary))  # noqa: B023
 
 
 if __name__ == "__main__":

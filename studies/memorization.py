@@ -26,11 +26,11 @@ from torch import Tensor
 from corpus.indexed import block_slices
 from corpus.order import Rows, row_digests, served_rows
 from generate import END_OF_TEXT
-from kernels import linear
-from model import KVCache, Pythia
+from model import Pythia
 from runtime.errors import UserError, run_command
 from studies import figures
 from studies.common import Columns, Run, Study, all_ranks, find_run, study_parser, write_csv
+from studies.likelihood import compare_greedy, write_greedy
 from studies.statistics import (
     count_events,
     difference_in_differences,
@@ -40,55 +40,9 @@ from studies.statistics import (
     wilson,
 )
 
-VOCAB_CHUNK = 8192  # logits of a token at a time: those of a whole batch, [batch, l, vocab], are never there
 NEAR_TIE = 0.01  # margins in logits that rounding can turn over
 
 # ---- the measurement -------------------------------------------------------------------------------------------------
-
-
-def compare_greedy(
-    y: Tensor, weight: Tensor, targets: Tensor, banned: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compare greedy predictions with targets [n], from final hidden states y [n, hidden] and weight [vocab, hidden].
-
-    Returns [n] each: whether the target is predicted (of equal logits the lowest id is); the logit of the target minus
-    the best other one; the surprisal in nats. A banned id is never predicted.
-    """
-    best = y.new_full((len(y),), -torch.inf, dtype=torch.promote_types(y.dtype, torch.float32))
-    best_id, lse, own = torch.zeros_like(targets), best.clone(), best.clone()
-    for start in range(0, len(weight), VOCAB_CHUNK):
-        z = linear(y, weight[start : start + VOCAB_CHUNK]).to(best.dtype)  # [n, chunk]
-        lse = torch.logaddexp(lse, z.logsumexp(1))
-        column = targets - start
-        inside = (column >= 0) & (column < z.shape[1])
-        column = column.clamp(0, z.shape[1] - 1)[:, None]
-        value = z.gather(1, column)[:, 0]
-        own = torch.where(inside, value, own)
-        z.scatter_(1, column, torch.where(inside, -torch.inf, value)[:, None])
-        if banned is not None and 0 <= banned - start < z.shape[1]:
-            z[:, banned - start] = -torch.inf
-        top, index = z.max(1)
-        best, best_id = torch.where(top > best, top, best), torch.where(top > best, index + start, best_id)
-    hit = (own > best) | ((own == best) & (targets < best_id))
-    if banned is not None:
-        hit &= targets != banned
-    return hit, own - best, lse - own
-
-
-def write_greedy(model: Pythia, prompts: Tensor, count: int, banned: int | None = None) -> Tensor:
-    """The `count` tokens that greedy generation writes after prompts [batch, k]: [batch, count].
-
-    Like generate.py, it lets tokens attend across the ends of documents, also if the model was trained without that.
-    """
-    shape = len(prompts), prompts.shape[1] + count, model.embed.dtype, prompts.device
-    caches, written, tokens = [KVCache(model.config, *shape) for _ in model.blocks], [], prompts
-    for _ in range(count):
-        logits = linear(model.final_hidden(tokens, caches)[:, -1], model.unembed)  # [batch, vocab]
-        if banned is not None:
-            logits[:, banned] = -torch.inf
-        tokens = logits.argmax(1, keepdim=True)
-        written.append(tokens)
-    return torch.cat(written, 1)
 
 
 def measure_rows(model: Pythia, tokens: Tensor, k: int, banned: int | None = None, score: bool = False) -> Columns:

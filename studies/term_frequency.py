@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from scipy.stats import spearmanr
 from tokenizers import Tokenizer
 
@@ -35,6 +36,7 @@ from corpus.tokenizer import tokenizer_errors
 from model import Pythia
 from runtime.errors import UserError, run_command
 from studies.common import Columns, Run, Study, all_ranks, read_lines, study_parser, write_csv
+from studies.figures import GREY, column, line_with_band, save_figure
 from studies.likelihood import encode_pair, pad, score, tokenizer_of, write_greedy
 from studies.term_counts import TermCounts
 
@@ -242,6 +244,32 @@ def write_tables(study: Study, counts: dict[str, TermCounts]) -> None:
                 lines.append({"run": run.name, "step": step, "term": term, "occurrences": seen[0], "rows": seen[1]})
     write_csv(study.out / "frequency.csv", frequencies)
     write_csv(study.out / "counts.csv", lines)
+    run, step = study.runs[0], study.runs[0].steps[-1]
+    draw_frequency(study.out, [line for line in frequencies if line["run"] == run.name], study.columns(run, step), step)
+
+
+def draw_frequency(out: Path, lines: list[dict], items: Columns, step: int) -> None:
+    """Draw rho over training, and the log-probability of every term against its rows under the last checkpoint."""
+
+    def correlations(axes: Axes) -> None:
+        for task, shots in kinds(items):
+            part = [line for line in lines if (line["task"], line["shots"]) == (task, shots)]
+            values = (column(part, f"rho_log_probability{end}") for end in ("", "_low", "_high"))
+            line_with_band(axes, column(part, "step"), *values, f"{task}, {shots} shots")
+        axes.axhline(0, color=GREY, lw=0.8)
+
+    def terms(axes: Axes) -> None:
+        for task, shots in kinds(items):
+            chosen = (items["task"] == task) & (items["shots"] == shots)
+            _, group = np.unique(items["term"][chosen], return_inverse=True)
+            means = (np.bincount(group, items[name][chosen]) / np.bincount(group) for name in names)
+            axes.plot(*means, "o", label=f"{task}, {shots} shots")
+        axes.set_xscale("symlog", linthresh=1)
+
+    names = "rows_seen", "log_probability"
+    title = "Is what was read more often known better? (Spearman, over terms)"
+    save_figure(out, "rho", correlations, title, "step", "rho of log-probability and rows")
+    save_figure(out, "terms", terms, f"Every term at step {step}", "rows that had it", "log-probability in nats")
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

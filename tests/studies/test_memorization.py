@@ -76,7 +76,7 @@ def tokens(model) -> torch.Tensor:
 
 @pytest.mark.parametrize(("batch", "rows"), [(7, 40), (512, 512)])
 def test_one_pass_says_what_generation_says(batch, rows, model, tokens, monkeypatch):
-    monkeypatch.setattr(memorization, "VOCAB_CHUNK", 16)
+    monkeypatch.setattr("studies.likelihood.VOCAB_CHUNK", 16)
     tokens = tokens[:rows]
     parts = [measure_rows(model, part, K, score=True) for part in tokens.split(batch)]
     found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -107,13 +107,6 @@ def test_paper_exact_is_the_published_setting(model, tokens, tmp_path):
     end, free = (rows[:, K:] == 0).any(1).numpy(), measure_rows(model, rows, K)["memorized"]
     assert found["memorized"].tolist() == (free & ~end).tolist()
     assert (free & end).sum() > 3
-
-
-def test_of_equal_logits_the_lowest_id_is_written():
-    y, weight = torch.ones(3, 1), torch.tensor([[0.0], [2.0], [1.0], [2.0]])
-    hit, margin, _ = memorization.compare_greedy(y, weight, torch.tensor([1, 3, 2]))
-    assert hit.tolist() == [True, False, False] == ((y @ weight.T).argmax(1) == torch.tensor([1, 3, 2])).tolist()
-    assert margin.tolist() == [0, 0, -1]
 
 
 def test_a_token_that_the_model_lacks(model):
