@@ -72,20 +72,24 @@ class WorkDirectory:
         self.files = [self.path / path.name for path in self.outputs]
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Lock the directory for the block, and remove it afterwards, unless the block fails with progress recorded."""
+    def locked(self) -> Iterator[Progress]:
+        """Lock the directory for the block, and remove it afterwards, unless the block fails with progress recorded.
+
+        Yields the progress of an earlier run. Raises UserError as `read`.
+        """
         with lock(self.path) as check:
             check()
+            progress = None
             try:
-                yield
+                yield (progress := self.read())
             except BaseException as error:
                 if not self.record.exists():
                     self.remove()
-                    raise
-                note = f"note: {self.path} keeps what is done; the same command goes on from there"
-                print(printable(note), file=sys.stderr)
-                if isinstance(error, OSError):
-                    raise UserError(f"{error.filename or self.path}: {error.strerror}") from None
+                elif progress:
+                    note = f"note: {self.path} keeps what is done; the same command goes on from there"
+                    print(printable(note), file=sys.stderr)
+                    if isinstance(error, OSError):
+                        raise UserError(f"{error.filename or self.path}: {error.strerror}") from None
                 raise
             self.remove()
 
@@ -142,9 +146,9 @@ class WorkDirectory:
 
     def save(self, progress: Progress) -> None:
         """Flush the files to the disk and record the progress. Raises OSError."""
+        for path in self.files:
+            flush(path)
         if self.job:
-            for path in self.files:
-                flush(path)
             with atomic_write(self.record, "w") as file:
                 json.dump({"job": self.job, "progress": asdict(progress)}, file)
 
@@ -188,7 +192,7 @@ def write_tokens(
             idx.write(np.array(sizes, "<i4").tobytes())
             progress.bin_bytes += sum(sizes) * dtype.itemsize
             progress.documents += len(sizes)
-            if sizes and time.monotonic() - saved > SAVE_SECONDS:
+            if work.job and sizes and time.monotonic() - saved > SAVE_SECONDS:
                 bin.flush()
                 idx.flush()
                 progress.first_bad = how.first_bad if progress.end.bad else ""
@@ -282,8 +286,7 @@ def prepare(
         with tokenizer_errors(tokenizer or work.outputs[0]):
             return encoder.encode_batch_fast(texts, add_special_tokens=False)
 
-    with new_directory(work.path.parent), work.locked():
-        progress = work.read()
+    with new_directory(work.path.parent), work.locked() as progress:
         if not progress.complete:
             work.files[0].write_bytes(text)
             how, parts = Lines(text_key, skip_bad, progress.end.bad, progress.first_bad), parts_of(inputs, share)

@@ -800,7 +800,8 @@ def test_a_stopped_run_goes_on(tmp_path, stopped, capsys):
     assert not stopped.exists()
 
 
-def test_another_command_does_not_go_on(tmp_path, stopped, merging_tokenizer):
+def test_another_command_does_not_go_on(tmp_path, stopped, merging_tokenizer, capsys):
+    capsys.readouterr()
     before = {path: path.read_bytes() for path in stopped.iterdir()}
     source = tmp_path / "in.jsonl"
     for options, name in (
@@ -815,6 +816,7 @@ def test_another_command_does_not_go_on(tmp_path, stopped, merging_tokenizer):
     with pytest.raises(UserError, match="--input differ, or the files have changed"):
         prepare.prepare([source], tmp_path / "out")
     assert {path: path.read_bytes() for path in stopped.iterdir()} == before
+    assert capsys.readouterr().err == ""
 
 
 def test_damaged_progress_is_refused(tmp_path, stopped):
