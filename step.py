@@ -160,8 +160,8 @@ class Step:
     def _micro_step(self, tokens: Tensor, last: bool, weights: Tensor | None = None) -> None:
         """tokens [micro_batch, seq_len + 1], weights [micro_batch, seq_len]."""
         self.gradients.set_sync(last)
-        options = {} if weights is None else {"loss_weights": weights}
-        loss, losses = self.model(tokens[:, :-1], tokens[:, 1:], "both", **options)  # losses: [micro_batch, seq_len]
+        # losses: [micro_batch, seq_len]
+        loss, losses = self.model(tokens[:, :-1], tokens[:, 1:], "both", None, weights)
         self.micro_row_losses = losses.mean(dim=1)
         if last:
             self.timer.lap()  # from here on ranks wait for each other

@@ -238,7 +238,7 @@ def test_half_precision_copies_are_used_only_within_a_step(device, monkeypatch):
     model, step = model_and_step(torch.bfloat16, device)
     before, seen = dict(model.named_parameters()), []
 
-    def forward(*_, **__):
+    def forward(*_):
         seen.extend(p.dtype for p in model.parameters())
         raise RuntimeError("in the middle of a step")
 
