@@ -287,7 +287,7 @@ def run_prepare(args: argparse.Namespace) -> None:
     line, {"text": "..."}. Files of another format (.json, .csv, .parquet, .tar, .pdf, ...) are refused. Any other file
     is one document of UTF-8 text. All may be compressed (.zst, .gz). An <|endoftext|> in a text becomes id 0, as in
     GPT-NeoX. The same command goes on after a kill: until all is complete, the work lies in PREFIX.preparing."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # cleans up as Ctrl-C does
+    signal.signal(signal.SIGTERM, end)
     share = parse_share(args.shard)
     data = prepare(args.input, args.out, args.tokenizer, args.workers, args.text_key, args.skip_bad, share)
     print_made(args.out, data)
@@ -296,8 +296,13 @@ def run_prepare(args: argparse.Namespace) -> None:
 def run_merge(args: argparse.Namespace) -> None:
     """Write data sets as one, in the order in which they are named. All shards of `data.py prepare` give the bytes that
     it gives on one machine."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, end)
     print_made(args.out, merge(args.input, args.out))
+
+
+def end(number: int, frame) -> None:
+    """On SIGTERM the command cleans up, as on Ctrl-C."""
+    sys.exit(128 + number)
 
 
 def print_made(out: str, data: IndexedTokens) -> None:

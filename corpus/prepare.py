@@ -254,8 +254,8 @@ def prepare(
 ) -> IndexedTokens:
     """Write the inputs as PREFIX.bin, PREFIX.idx, PREFIX.tokenizer.json, where PREFIX is `out`. Returns the data set.
 
-    inputs     .jsonl, .ndjson and - (stdin): one document per line, {"text": ...}. Files of another format (see
-               OTHER_FORMATS) are refused. Any other file is one document of UTF-8 text. All may end in .zst or .gz too.
+    inputs     .jsonl, .ndjson and - (stdin): one document per line, {"text": ...}. Files of OTHER_FORMATS (in
+               documents.py) are refused. Any other file is one document of UTF-8 text. All may end in .zst or .gz too.
                Endings may be in upper case
     tokenizer  a tokenizer.json with <|endoftext|> as id 0; None: byte_tokenizer()
     workers    threads that encode; None: one per core
@@ -310,10 +310,6 @@ def merge(inputs: list[str | Path], out: str | Path) -> IndexedTokens:
     have different tokenizers or dtypes, or another data set has that name.
     """
     check_out(out)
-    outputs = tokenizer_path, bin_path, idx_path = [Path(f"{out}{ending}") for ending in ENDINGS]
-    for path in outputs:
-        if os.path.lexists(path):
-            raise UserError(f"{path} exists; choose another --out or delete it")
     sets, texts = [IndexedTokens(prefix) for prefix in inputs], []
     for data in sets:
         path = Path(f"{data.prefix}{ENDINGS[0]}")
@@ -327,19 +323,16 @@ def merge(inputs: list[str | Path], out: str | Path) -> IndexedTokens:
             raise UserError(
                 f"{data.index_file}: its documents have several sequences; `data.py prepare` makes one each"
             )
-    with new_directory(idx_path.parent):
-        # The index is opened first and so renamed last.
-        with atomic_write(idx_path, "w+b") as idx, atomic_write(bin_path) as bin, atomic_write(tokenizer_path) as copy:
-            copy.write(texts[0])
-            idx.write(bytes(HEADER.size))
+    work = WorkDirectory(out, None)
+    with new_directory(work.path.parent), work.locked() as progress:
+        work.files[0].write_bytes(texts[0])
+        with work.opened(progress) as (bin, idx):
             for data in sets:
                 for shard in data.shards:
                     bin.writelines(shard.blocks(f"copying {shard.path.name}"))
                 idx.writelines(data.sizes.blocks(""))
-            finish_index(idx, sets[0].dtype)
-            for file in (idx, bin, copy):  # if the disk is full, fail before the first file is renamed
-                file.flush()
-                os.fsync(file.fileno())
+        work.complete(progress, sets[0].dtype)
+        work.publish()
     return IndexedTokens(out)
 
 

@@ -89,12 +89,10 @@ def cut_pattern(tokenizer: Tokenizer) -> re.Pattern | None:
     them. The byte tokenizer has no merges, so no token but an added one has two characters. With other tokenizers (in
     Llama 3 punctuation keeps its newline) a document is encoded in one piece.
     """
-    spec = json.loads(tokenizer.to_str())
-    splitter, normalizer, added = (
-        spec["pre_tokenizer"] or {},
-        spec["normalizer"] or {"type": "NFC"},
-        spec["added_tokens"],
-    )
+    text = tokenizer.to_str()
+    spec = json.loads(text)
+    splitter, normalizer = spec["pre_tokenizer"] or {}, spec["normalizer"] or {"type": "NFC"}
+    added = spec["added_tokens"]
     if (
         splitter.get("type") != "ByteLevel"
         or not splitter.get("use_regex", True)
@@ -104,6 +102,6 @@ def cut_pattern(tokenizer: Tokenizer) -> re.Pattern | None:
     ):
         return None
     places = [place for place in PLACES if not any(re.search(place, token["content"]) for token in added)]
-    if tokenizer.to_str() == byte_tokenizer().to_str():
+    if text == byte_tokenizer().to_str():
         places = [BYTE_PLACE]
     return re.compile(f".*(?:{'|'.join(places)})", re.DOTALL) if places else None

@@ -1,6 +1,7 @@
 """Text -> tokens, compared with the tokenizer applied to each whole document; bad input; the demo corpus."""
 
 import gzip
+import io
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import pytest
 from megatron import REPO, assert_refused, run_data, write_data
 from test_tokenizer import ODD
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tqdm import tqdm
 
 import data
 from corpus import documents, prepare
@@ -798,6 +800,22 @@ def test_a_stopped_run_goes_on(tmp_path, stopped, capsys):
     assert "left out 1 bad lines" in capsys.readouterr().err
     assert output(tmp_path / "out") == output(tmp_path / "whole")
     assert not stopped.exists()
+
+
+def test_the_bar_knows_what_is_left(tmp_path, stopped, monkeypatch):
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, **options):
+            bars.append(self)
+            super().__init__(**options | {"disable": False, "file": io.StringIO()})
+
+    monkeypatch.setattr(documents, "tqdm", Bar)
+    size = (tmp_path / "in.jsonl").stat().st_size
+    prepare.prepare([tmp_path / "in.jsonl"], tmp_path / "out", skip_bad=True)
+    prepare.prepare([tmp_path / "in.jsonl"], tmp_path / "second", skip_bad=True, share=(1, 2))
+    assert [(bar.initial, bar.total) for bar in bars] == [(32, size), (0, size - 32)]
+    assert bars[0].n == size
 
 
 def test_another_command_does_not_go_on(tmp_path, stopped, merging_tokenizer, capsys):
