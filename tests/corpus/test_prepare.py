@@ -727,7 +727,6 @@ KILLED = """
 import os, random, signal, sys
 from corpus import documents, prepare
 from runtime.errors import UserError
-from runtime.run_directory import lock
 
 documents.CHUNK = documents.PACKED_CHUNK = 64
 documents.GROUP, prepare.SAVE_SECONDS = 400, -1
