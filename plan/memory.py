@@ -1,7 +1,8 @@
 """Memory of a run, computed from the table of sizes before anything is allocated, and the choice of --shard by it.
 
 The formulas count tensors. tests/plan/test_memory.py compares them with the tensors that are alive during the steps of
-a model on 1 to 16 ranks, and with the memory of processes.
+a model on 1 to 16 ranks, and with the memory of processes. With --document-mask torch's own attention (--kernels torch,
+and float32 on GPUs) saves a mask [micro_batch, seq_len, seq_len] in every layer, which they leave out.
 """
 
 from dataclasses import dataclass, replace
