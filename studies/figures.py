@@ -128,27 +128,40 @@ def draw_rows(out: Path, parts: list[dict]) -> None:
         line_with_band(axes, x, *(column(parts, name) for name in ("q50", "q25", "q75")), "median, middle half", ms=0)
         axes.fill_between(x, column(parts, "q5"), column(parts, "q95"), alpha=0.1, lw=0, color=COLORS[0])
 
+    again = [name for name in ("sight", "copy") if not np.isnan(column(parts, f"excess_later_{name}")).all()]
+
     def copies(axes: Axes) -> None:
-        for name, label in (("sight", "of a document"), ("copy", "of a row")):
+        for name in again:
+            label = {"sight": "of a document", "copy": "of a row"}[name]
             for kind, look in (("first", "-"), ("later", "--")):
                 axes.plot(x, column(parts, f"excess_{kind}_{name}"), look, label=f"{kind} sight {label}")
         axes.axhline(0, color=GREY, lw=0.8)
 
     save_figure(out, "rows", losses, "Loss of rows when they were first met", "step", "nats per token")
-    save_figure(out, "copies", copies, "Rows whose text was seen before", "step", "loss minus the mean of the step")
+    if again:
+        title = "Rows whose text was seen before"
+        save_figure(out, "copies", copies, title, "step", "loss minus the mean of the step")
+
+
+def lines_of_texts(axes: Axes, lines: list[dict], name: str) -> None:
+    """A value of texts over steps: a line for each text if they are few, else their mean and their middle half."""
+    few = len({line["text"] for line in lines}) <= 6
+    for run, found in by_run(lines):
+        steps = np.unique(column(found, "step"))
+        values = column(found, name).reshape(len(steps), -1)  # [steps, texts]
+        for i, line in enumerate(values.T if few else []):
+            axes.plot(steps, line, marker="o", label=f"{run}: text {i}")
+        if not few:
+            line_with_band(axes, steps, values.mean(1), *np.percentile(values, [25, 75], axis=1), f"{run}: mean")
 
 
 def draw_probes(out: Path, lines: list[dict]) -> None:
-    """The figure of studies/trace.py for given texts: a line for each, if they are few."""
-    few = len({line["text"] for line in lines}) <= 6
+    """The figure of studies/trace.py for given texts."""
+    title = "Surprisal of the probes"
+    save_figure(out, "probes", lambda axes: lines_of_texts(axes, lines, "nll"), title, "step", "nats per token")
 
-    def draw(axes: Axes) -> None:
-        for run, found in by_run(lines):
-            steps = np.unique(column(found, "step"))
-            losses = column(found, "nll").reshape(len(steps), -1)  # [steps, texts]
-            for i, loss in enumerate(losses.T if few else []):
-                axes.plot(steps, loss, marker="o", label=f"{run}: text {i}")
-            if not few:
-                line_with_band(axes, steps, losses.mean(1), *np.percentile(losses, [25, 75], axis=1), f"{run}: mean")
 
-    save_figure(out, "probes", draw, "Surprisal of the probes", "step", "nats per token")
+def draw_effects(out: Path, lines: list[dict]) -> None:
+    """The figure of studies/effect.py."""
+    title, y = "What the change did to the probes", "fall of surprisal, nats per token"
+    save_figure(out, "effect", lambda axes: lines_of_texts(axes, lines, "effect"), title, "step", y)

@@ -14,22 +14,26 @@ checkpoint: nll, the surprisal in nats of each token but the first, given those 
 """
 
 import json
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from tokenizers import Tokenizer
 
 from corpus.indexed import block_slices
 from corpus.order import row_digests
-from corpus.tokenizer import load_tokenizer, tokenizer_errors
+from corpus.tokenizer import tokenizer_errors
 from model import Pythia
 from runtime.errors import Parser, UserError, run_command
 from runtime.files import READ_ERRORS, atomic_write, open_regular, reason
 from runtime.run_directory import one_line_errors
 from studies import figures
 from studies.common import Columns, Run, Study, all_ranks, study_parser, write_csv
+from studies.likelihood import tokenizer_of
 from studies.memorization import describe_rows, mean
 
 PARTS = 50  # of training, in summary.csv
@@ -51,7 +55,10 @@ def read_row_losses(run: Run) -> np.ndarray:
 
 
 def trace_rows(run: Run, losses: np.ndarray, numbers: np.ndarray) -> Columns:
-    """The columns of items.parquet for some rows of a run."""
+    """The columns of items.parquet for some rows of a run. Those before a branch, whose loss is NaN, are left out."""
+    numbers = numbers[~np.isnan(losses[numbers])]
+    if not len(numbers):
+        raise UserError(f"{run.path}/row_loss.bin knows the loss of none of these rows")
     steps = losses.reshape(-1, run.asked.batch_size).mean(1, dtype=np.float64)
     blocks = block_slices(len(numbers), "reading rows", 1 << 12)
     items = describe_rows(
@@ -66,11 +73,9 @@ def parts_of_training(items: Columns) -> list[dict]:
     lines = []
     for part in np.array_split(np.arange(len(items["row"])), min(PARTS, len(items["row"]))):
         one = {name: values[part] for name, values in items.items()}
-        known = one["loss"][~np.isnan(one["loss"])]
         line = {"first_step": int(one["step"][0]), "last_step": int(one["step"][-1]), "rows": len(part)}
-        line |= {"loss": mean(known)} | {
-            f"q{q}": mean(np.percentile(known, [q])) if len(known) else mean(known) for q in QUANTILES
-        }
+        line |= {"loss": mean(one["loss"])}
+        line |= {f"q{q}": value for q, value in zip(QUANTILES, np.percentile(one["loss"], QUANTILES).tolist())}
         for name, key in (("sight", "epoch"), ("copy", "copy")):
             line[f"excess_first_{name}"] = mean(one["excess"][one[key] <= 0])
             line[f"excess_later_{name}"] = mean(one["excess"][one[key] > 0])
@@ -80,17 +85,17 @@ def parts_of_training(items: Columns) -> list[dict]:
 
 def documents_of(items: Columns) -> list[dict]:
     """The lines of documents.csv, the most surprising document first."""
-    known = (items["document"] >= 0) & ~np.isnan(items["excess"])
+    known = items["document"] >= 0
     documents, group, counts = np.unique(items["document"][known], return_inverse=True, return_counts=True)
     excess = items["excess"][known].astype(np.float64)
     means = np.bincount(group, excess) / counts
     squares = np.bincount(group, (excess - means[group]) ** 2)
     several = np.flatnonzero(counts > 1)
     errors = np.sqrt(squares[several] / (counts[several] - 1) / counts[several])
-    names = ("document", "rows", "excess", "error")
     columns = documents[several], counts[several], means[several], errors
     order = np.argsort(-columns[2], kind="stable")
-    return [dict(zip(names, line)) for line in zip(*(column[order].tolist() for column in columns))]
+    lines = zip(*(column[order].tolist() for column in columns))
+    return [dict(zip(("document", "rows", "excess", "error"), line)) for line in lines]
 
 
 def trace_run(run: Run, study: Study) -> None:
@@ -111,18 +116,19 @@ def trace_run(run: Run, study: Study) -> None:
 # ---- probes ----------------------------------------------------------------------------------------------------------
 
 
-def read_probes(file: Path, tokenizer_file: Path) -> list[list[int]]:
+def read_probes(file: Path, tokenizer: Callable[[], Tokenizer]) -> list[list[int]]:
     """The tokens of every probe of a .jsonl file. Raises UserError that names the first wrong line."""
-    probes, tokenizer, number = [], None, 0
+    probes, number = [], 0
     try:
         with open_regular(file) as opened:
             for line in opened:
                 number += 1
                 probe = json.loads(line)
                 if "text" in probe:
-                    tokenizer = tokenizer or load_tokenizer(tokenizer_file, verify=True)
-                    with tokenizer_errors(tokenizer_file):
-                        probe["tokens"] = tokenizer.encode(probe["text"]).ids
+                    if not isinstance(probe["text"], str):
+                        raise ValueError("text is not a string")
+                    with tokenizer_errors(f"{file}, line {number}, with the tokenizer"):
+                        probe["tokens"] = tokenizer().encode(probe["text"]).ids
                 tokens = probe["tokens"]
                 if len(tokens) < 2 or not all(type(token) is int and token >= 0 for token in tokens):
                     raise ValueError("a probe needs two tokens or more, ids that are not negative")
@@ -178,8 +184,8 @@ def add_probe_flags(parser: Parser, required: bool = False) -> None:
 
 def probes_of(study: Study, args) -> list[list[int]]:
     """The probes of the command line that --every and --limit leave."""
-    last = study.runs[0].path / f"step{study.runs[0].steps[-1]}" / "tokenizer.json"
-    probes = read_probes(args.probe, args.tokenizer or last)
+    run = study.runs[0]
+    probes = read_probes(args.probe, cache(partial(tokenizer_of, run.path, run.steps[-1], args.tokenizer)))
     return [probes[i] for i in study.sample(len(probes))]
 
 

@@ -253,3 +253,37 @@ def test_planted_texts_are_found(planted, tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "draw_memorization", lambda *_: None)  # it takes as long as all the rest
     main([*flags, "--steps", "0,25,55"])
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
+
+
+def train_on(rows: np.ndarray, seed: int) -> Pythia:
+    """A model that has seen rows [3200, 65] once, 16 at a time."""
+    model = Pythia(replace(MICRO, hidden=64, heads=4, vocab=256), seed)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    batches = torch.from_numpy(rows.astype(np.int64)).split(16)
+    for step, x in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 10) * (1 - 0.9 * step / len(batches))
+        model(x[:, :-1], x[:, 1:]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.requires_grad_(False)
+
+
+@pytest.mark.slow
+def test_the_order_of_training_leaves_a_signal():
+    """On source code, against a model that has seen the same rows in another order; nothing on shuffled positions."""
+    draw = np.random.default_rng(0)
+    source = b"".join(path.read_bytes() for path in sorted(Path(json.__file__).parents[1].glob("*.py")))
+    rows = draw.permutation(np.frombuffer(source, np.uint8)[: 65 * 20_000].reshape(-1, 65))[:3200]
+    models = train_on(rows, 1), train_on(draw.permutation(rows), 2)
+    tokens = torch.from_numpy(rows.astype(np.int64))
+    ours, other = (np.concatenate([measure_rows(m, part, 1)["nll"] for part in tokens.split(256)]) for m in models)
+    number, plain = np.arange(3200), made(3200, nll=ours)
+    plain["seen_at"] = number // 16
+
+    def p_value(order: np.ndarray) -> float:
+        return summary_of(plain | {"row": order}, 200, 512, reference=other)["order_p_corrected"]
+
+    assert summary_of(plain, 200, 512, reference=other)["order_rho_corrected"] > 0.05  # late rows are likelier
+    assert p_value(number) < 1e-3
+    assert sum(p_value(draw.permutation(number)) > 0.05 for _ in range(100)) >= 88  # 95 are expected

@@ -13,8 +13,10 @@ pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
 import pyarrow.parquet as pq
 
+from corpus.tokenizer import byte_tokenizer
 from data import open_rows, requested_samples
 from runtime.errors import UserError
+from studies.figures import draw_rows
 from studies.trace import documents_of, main, parts_of_training, read_probes
 
 
@@ -44,11 +46,11 @@ def test_rows_and_probes_of_a_run(run, corpus, tmp_path):
     np.testing.assert_allclose([found["8", j] for j in range(4)], losses[8], rtol=1e-6)
     nll = np.stack(pq.read_table(tmp_path / "probed/items.parquet")["nll"].to_pylist()).astype(float)
     assert np.isnan(nll).sum(1).tolist() == [0, 0, 0, 0, 30] * (len(found) // 5)  # 32 targets; those of "abc" are two
-    for name in ("out/rows", "out/copies", "probed/probes"):
+    for name in ("out/rows", "probed/probes"):
         assert (tmp_path / f"{name}.svg").stat().st_size > 5000
 
 
-def test_what_was_seen_before_is_told_apart():
+def test_what_was_seen_before_is_told_apart(tmp_path):
     count = 1000
     row = np.arange(count)
     items = {"row": row, "step": row // 10, "document": row % 20, "epoch": row % 2, "copy": row % 5 // 4}
@@ -59,27 +61,29 @@ def test_what_was_seen_before_is_told_apart():
     sights = np.mean([line["excess_first_sight"] - line["excess_later_sight"] for line in lines])
     assert sights == pytest.approx(0.5 - 0.1, abs=1e-9)  # document 3 is odd, as all later sights are
     assert np.mean([line["excess_first_copy"] - line["excess_later_copy"] for line in lines]) > 0.2
+    draw_rows(tmp_path, lines)
+    assert (tmp_path / "copies.svg").stat().st_size > 5000
     worst = documents_of(items)[0]
     assert (worst["document"], worst["rows"]) == (3, 50)
     assert worst["excess"] == pytest.approx(np.mean(items["excess"][items["document"] == 3]))
 
 
+GOOD = '{"tokens": [1, 2]}\n'
+
+
 @pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        '{"tokens": [1, 2]}\n{"tokens": [1]}\n',
-        '{"tokens": [1, -2]}',
-        '{"tokens": [1, "2"]}',
-        "[1, 2]",
-        "{",
-        '{"a": 1}',
-    ],
+    "text", ['{"tokens": [1]}', '{"tokens": [1, -2]}', '{"tokens": [1, "2"]}', '{"text": 3}', "[1]", "{"]
 )
-def test_probes_that_are_none(text, tmp_path):
-    (tmp_path / "p.jsonl").write_text(text)
-    with pytest.raises(UserError, match=rf"p\.jsonl(, line {2 if chr(10) in text else 1}: .*| has no probes)"):
-        read_probes(tmp_path / "p.jsonl", tmp_path / "tokenizer.json")
+def test_a_line_that_is_no_probe_is_named(text, tmp_path):
+    (tmp_path / "p.jsonl").write_text(GOOD + text)
+    with pytest.raises(UserError, match=r"p\.jsonl, line 2: "):
+        read_probes(tmp_path / "p.jsonl", byte_tokenizer)
+
+
+def test_no_probes(tmp_path):
+    (tmp_path / "p.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"p\.jsonl has no probes"):
+        read_probes(tmp_path / "p.jsonl", byte_tokenizer)
 
 
 def test_a_damaged_row_loss(run, tmp_path):
