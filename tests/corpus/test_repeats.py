@@ -10,7 +10,7 @@ from corpus import repeats
 from corpus.order import Order
 
 
-@pytest.mark.parametrize("samples", [20, 90, 200])  # one epoch, two, and five
+@pytest.mark.parametrize("samples", [20, 90, 200])  # one epoch, two, and four
 def test_times_trained(samples, tmp_path, monkeypatch):
     monkeypatch.setattr(repeats, "BLOCK", 7)
     rng = np.random.default_rng(samples)
