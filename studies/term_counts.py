@@ -4,21 +4,27 @@
     counts.rows_with(("24",), step), counts.occurrences("24", step)
 
 A term counts where its tokens stand in one document and in one row, with and without a space before it, unless a
-letter, a digit or an underscore stands directly beside it: 24 is not in 1924, nor in a24.
+letter, a digit or an underscore stands directly beside it: 24 is not in 1924, nor in a24. Rows with edits are searched
+as they were served; the end of such a row is the end of a word.
 """
 
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from corpus.order import Rows, served_rows
-from corpus.search import MOST_PAIRS, occurrences
+from corpus.indexed import block_slices
+from corpus.order import Order, Rows, served_rows
+from corpus.search import MOST_PAIRS, find_group, group_spans, occurrences
 from corpus.suffix_index import open_index
 from runtime.errors import UserError
 
+Edges = tuple[np.ndarray, np.ndarray]  # of word_edges
+Places = Iterator[tuple[np.ndarray, np.ndarray]]  # which span [places], row as served [places]
 
-def word_edges(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+
+def word_edges(tokenizer: Tokenizer) -> Edges:
     """Whether each token begins, and ends, with a part of a word: bool [vocabulary] each."""
     ids = range(max(tokenizer.get_vocab().values()) + 1)
     texts = tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)
@@ -41,10 +47,9 @@ class TermCounts:
         spans = [span for several in terms.values() for span in several]
         term_of = np.repeat(np.arange(len(terms)), [len(several) for several in terms.values()])
         codes, counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
-        for which, pieces in occurrences(rows, spans, open_index(rows.data)):
-            pieces = pieces[pieces["whole"] & (pieces["served"] >= 0) & (pieces["served"] < last)]
-            pieces = pieces[are_words(rows, pieces, edges)]
-            new = term_of[which[pieces["span"]]] * last + pieces["served"]
+        search = spans_with_edits if rows.edits else spans_in_data
+        for which, row in search(rows, spans, edges, last):
+            new = term_of[which] * last + row
             codes, index = np.unique(np.concatenate([codes, new]), return_inverse=True)
             counts = np.bincount(index, np.concatenate([counts, np.ones(len(new), np.int64)]), len(codes))
             if len(codes) > MOST_PAIRS:
@@ -69,23 +74,58 @@ class TermCounts:
         return first
 
 
-def are_words(rows: Rows, pieces: np.ndarray, edges: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """Whether no part of a word stands beside pieces (PIECE), which are whole spans: bool [pieces]."""
-    data, begins_word, ends_word = rows.data, *edges
-    if (pieces["document"] >= 0).all():
-        begin, end = data.spans(pieces["document"])
-        first = begin + pieces["offset"]
-    else:  # pre-shuffled rows do not know their documents
-        begin = pieces["served"] * (rows.seq_len + 1)
-        first, end = begin + pieces["position"], begin + rows.seq_len + 1
-    behind = first + pieces["tokens"]
-    inside, outside = data.gather(first, pieces["tokens"]), np.cumsum(pieces["tokens"])
-    ends = inside[outside - 1], inside[outside - pieces["tokens"]]  # the last and the first token of each span
-    free = np.ones(len(pieces), bool)
-    for places, exists, beside, own in (
-        (behind, behind < end, begins_word, ends_word[ends[0]]),
-        (first - 1, first > begin, ends_word, begins_word[ends[1]]),
+def spans_in_data(rows: Rows, spans: list[np.ndarray], edges: Edges, last: int) -> Places:
+    """The whole words that are one of the spans, in the rows before `last`, without edits."""
+    data = rows.data
+    for which, pieces in occurrences(rows, spans, open_index(data)):
+        pieces = pieces[pieces["whole"] & (pieces["served"] >= 0) & (pieces["served"] < last)]
+        if isinstance(rows, Order):
+            begin, end = data.spans(pieces["document"])
+            first = begin + pieces["offset"]
+        else:  # pre-shuffled rows do not know their documents
+            begin = pieces["served"] * (rows.seq_len + 1)
+            first, end = begin + pieces["position"], begin + rows.seq_len + 1
+        read = lambda positions: data.gather(positions, np.ones_like(positions))  # noqa: E731
+        kept = are_words(first, first + pieces["tokens"], begin, end, read, edges)
+        yield which[pieces["span"][kept]], pieces["served"][kept]
+
+
+def spans_with_edits(rows: Rows, spans: list[np.ndarray], edges: Edges, last: int) -> Places:
+    """The same in the rows as served: what the data has in rows without edits, and a search in those with edits."""
+    edited = np.unique(np.concatenate([np.zeros(0, np.int64), *(part["row"] for part in rows.edits.groups())]))
+    edited, width = edited[edited < last], rows.seq_len + 1
+    for which, row in spans_in_data(rows, spans, edges, last):
+        kept = ~np.isin(row, edited)
+        yield which[kept], row[kept]
+    lengths = np.array([len(span) for span in spans])
+    for block in block_slices(len(edited), "searching edited rows", 1 << 10):
+        tokens = rows.take(edited[block]).ravel()
+        for group in group_spans(spans, tokens):
+            which, first = find_group(group, tokens)
+            behind, begin = first + lengths[which], first // width * width
+            inside = behind <= begin + width
+            kept = inside & are_words(first, behind, begin, begin + width, tokens.take, edges)
+            yield which[kept], edited[block][first[kept] // width]
+
+
+def are_words(
+    first: np.ndarray,
+    behind: np.ndarray,
+    begin: np.ndarray,
+    end: np.ndarray,
+    read: Callable[[np.ndarray], np.ndarray],
+    edges: Edges,
+) -> np.ndarray:
+    """Whether no part of a word goes on beside the spans first .. behind - 1 in texts begin .. end - 1: bool [spans].
+
+    read(positions) gives the tokens there. A span that begins with a space, or ends with a dot, ends there itself.
+    """
+    begins_word, ends_word = edges
+    free = np.ones(len(first), bool)
+    for inner, outer, exists, own, beside in (
+        (behind - 1, behind, behind < end, ends_word, begins_word),
+        (first, first - 1, first > begin, begins_word, ends_word),
     ):
-        at = np.flatnonzero(exists & own)  # a term that ends with ! ends there, whatever follows
-        free[at] &= ~beside[data.gather(places[at], np.ones(len(at), np.int64))]
+        at = np.flatnonzero(exists)
+        free[at] &= ~(own[read(inner[at])] & beside[read(outer[at])])
     return free

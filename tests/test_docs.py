@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench import picture
+from studies.suite import read_suite
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -66,6 +68,14 @@ def test_paths_exist(page):
 def test_flags_exist(page, help_of):
     unknown = [c for c in sorted(commands(page)) if not re.search(rf"{c[2]}(?![\w-])", help_of[c[:2]])]
     assert unknown == []
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*.toml")), ids=lambda file: file.name)
+def test_flags_of_examples_exist(file, help_of):
+    for job in read_suite(file):
+        name, sub, rest = COMMAND.search(shlex.join(job.command)).groups()
+        for flag in re.findall(r" (--[a-z][a-z-]+)", rest):
+            assert re.search(rf"{flag}(?![\w-])", help_of[name, sub.strip()]), (job.name, flag)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

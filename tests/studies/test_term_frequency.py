@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("pyarrow")
 import data
+from corpus.edits import EDIT, write_edits
 from corpus.prepare import prepare
 from corpus.search import spans_of_texts
 from corpus.tokenizer import byte_tokenizer
@@ -50,14 +51,8 @@ def test_counts_are_those_of_a_search_in_the_text(numbers, seq_len):
     counts = TermCounts(rows, batch, steps, spans, tokenizer)
     found = {term: np.zeros(steps * batch, int) for term in TERMS}
     for i in range(steps * batch):
-        for document, offset, length in rows.pieces(i):
-            begin, end = rows.data.span(document)
-            ids = rows.data.read(begin, end - begin - 1).tolist()  # without the end of text
-            text = tokenizer.decode(ids)
-            for term, pattern in WHOLE.items():
-                for match in pattern.finditer(text):
-                    start, stop = (len(text[:k].encode()) for k in match.span())  # a token is a byte
-                    found[term][i] += offset <= start and stop <= offset + length
+        for term, pattern in WHOLE.items():
+            found[term][i] = sum(piece_count(rows, i, pattern))
     for step in (0, 1, steps // 2, steps):
         for term in TERMS:
             assert counts.occurrences(term, step) == found[term][: step * batch].sum(), (term, step)
@@ -65,6 +60,43 @@ def test_counts_are_those_of_a_search_in_the_text(numbers, seq_len):
         both = (found["24"] > 0) & (found["7"] > 0)
         assert counts.rows_with(("24", "7"), step) == both[: step * batch].sum()
     assert counts.occurrences("24", steps) > counts.occurrences("84", steps) > 0
+
+
+def test_rows_with_edits_are_counted_as_they_were_served(numbers, tmp_path):
+    rows, tokenizer, batch, width = data.open_rows(numbers, 100, 64), byte_tokenizer(), 8, 65
+    spans = dict(zip(TERMS, spans_of_texts(TERMS, data.find_tokenizer(numbers), rows.data)))
+    steps = len(rows) // batch
+    without = TermCounts(rows, batch, steps, spans, tokenizer)
+    planted = {3: (5, " 24 84 a24 "), 10: (width - 3, " 24"), 11: (0, "84 "), steps * batch - 1: (20, "x7, 7")}
+    edits = []
+    for row, (position, text) in planted.items():
+        ids = tokenizer.encode(text).ids
+        edits += [(row, position + k, rows[row][position + k], id, 1) for k, id in enumerate(ids)]
+    facts = {"order_sha256": rows.sha256, "seq_len": 64, "command": "test"}
+    write_edits(tmp_path / "edits.parquet", facts, [np.array(edits, EDIT)])
+    rows = data.with_edits(rows, tmp_path / "edits.parquet", batch)
+    counts = TermCounts(rows, batch, steps, spans, tokenizer)
+    plain = data.open_rows(numbers, 100, 64)
+    for term, pattern in WHOLE.items():
+        expected = np.array([without.occurrences(term, step) for step in range(steps + 1)])
+        for row in planted:
+            before = sum(piece_count(plain, row, pattern))
+            expected[row // batch + 1 :] += (
+                len(pattern.findall(tokenizer.decode(rows[row].tolist(), skip_special_tokens=False))) - before
+            )
+        assert [counts.occurrences(term, step) for step in range(steps + 1)] == expected.tolist(), term
+    assert counts.occurrences("84", steps) > without.occurrences("84", steps)
+
+
+def piece_count(rows, row: int, pattern: re.Pattern) -> list[int]:
+    """How often each piece of a row of bytes has a word, of which the document decides the ends."""
+    found = []
+    for document, offset, length in rows.pieces(row):
+        begin, end = rows.data.span(document)
+        text = byte_tokenizer().decode(rows.data.read(begin, end - begin - 1).tolist())
+        spans = [[len(text[:k].encode()) for k in match.span()] for match in pattern.finditer(text)]
+        found.append(sum(offset <= start and stop <= offset + length for start, stop in spans))
+    return found
 
 
 def test_edges_of_tokens():
