@@ -692,7 +692,7 @@ def test_a_lost_run_json_is_made_anew_from_a_checkpoint(damage, run, tmp_path, c
         run("--seed", "5")
     after = json.loads(path.read_text())
     assert after["settings"].items() <= before["settings"].items()
-    assert after["settings"].keys() == settings.FIXED | {"data", "micro_batch"}
+    assert after["settings"].keys() == settings.FIXED | {"data", "edits", "micro_batch"}
     assert (after["data"] | {"modified_ns": before["data"]["modified_ns"]}, after["starts"]) == (before["data"], [])
     assert records(run()) == records(run(out="whole"))
     assert (damage is None) == (not (directory / "run.json.damaged").exists())
