@@ -296,6 +296,11 @@ class Study:
                     weights[f"{run.name}/step{step}"] = run.weights_sha256(step)
             writer.close()
         write_csv(self.out / "summary.csv", summary)
+        self.write_manifest(weights)
+        return summary
+
+    def write_manifest(self, weights: dict[str, str]) -> None:
+        """Write manifest.json, when all tables are there. weights: the hash of every checkpoint. Raises UserError."""
         record = {
             "study": self.name,
             "command": shlex.join(["python", "-m", f"studies.{self.name}", *sys.argv[1:]]),
@@ -310,7 +315,6 @@ class Study:
         with one_line_errors(self.out), atomic_write(self.out / "manifest.json", "w") as file:
             file.write(json.dumps(record, indent=1) + "\n")
         print(printable(f"{self.out}: tables and figures"))
-        return summary
 
 
 def find_run(path: Path, steps: str, data: str | None) -> Run:

@@ -110,6 +110,7 @@ def trace_run(run: Run, study: Study) -> None:
     for name, lines in tables.items():
         if lines:
             write_csv(study.out / f"{name}.csv", lines)
+    study.write_manifest({})
     figures.draw_rows(study.out, tables["summary"])
 
 

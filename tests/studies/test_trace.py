@@ -35,6 +35,7 @@ def test_rows_and_probes_of_a_run(run, corpus, tmp_path):
     np.testing.assert_allclose(items["excess"], (losses - losses.mean(1, keepdims=True)).ravel()[::2], atol=1e-6)
     assert items["document"] == [rows.pieces(i)[0][0] for i in range(0, 36, 2)]
     assert len(table(out / "summary.csv")) == 18
+    assert json.loads((out / "manifest.json").read_text())["order_sha256"] == {"trained": rows.sha256}
 
     probes = [{"tokens": rows[32 + j].tolist()} for j in range(4)] + [{"text": "abc"}]
     (tmp_path / "probes.jsonl").write_text("".join(json.dumps(probe) + "\n" for probe in probes))
