@@ -244,6 +244,11 @@ class Study:
             found[name] = found[name].reshape(len(table), -1) if is_list else found[name]
         return found
 
+    def base_columns(self, run: Run, step: int) -> Columns | None:
+        """The columns of the first run at the step of another one; None where there is nothing to compare."""
+        base = self.runs[0]
+        return self.columns(base, step) if run is not base and step in base.steps else None
+
     def _keys(self, run: Run, given: Columns) -> dict[int, str]:
         """For each step a hash of what its part depends on."""
         common = hashlib.sha256(json.dumps([self.name, self.settings]).encode())

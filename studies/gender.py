@@ -27,20 +27,19 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from scipy.stats import binomtest
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from model import Pythia
 from runtime.errors import UserError, printable, run_command
-from studies.common import Columns, Run, Study, all_ranks, read_lines, study_parser
+from studies.common import Columns, Study, all_ranks, read_lines, study_parser
 from studies.figures import GREY, by_run, column, line_with_band, save_figure
 from studies.likelihood import encode_pair, pad, score, tokenizer_of
+from studies.statistics import bootstrap, mcnemar
 
 MASCULINE, FEMININE = ("he", "him", "his", "himself"), ("she", "her", "hers", "herself")
 QUESTIONS = ("slot", "sentence", "template", "crows", "control")
@@ -173,19 +172,6 @@ def answer(step: int, model: Pythia, columns: Columns) -> Columns:
 # ---- the tables ------------------------------------------------------------------------------------------------------
 
 
-def bootstrap(values: np.ndarray, seed: int, resamples: int = 2000) -> tuple[float, float]:
-    """The 95% interval of the mean of values [items], by drawing items with replacement (percentiles)."""
-    rng = np.random.default_rng(seed)
-    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(resamples)]
-    return tuple(np.percentile(means, [2.5, 97.5]).tolist())
-
-
-def mcnemar(before: np.ndarray, after: np.ndarray) -> float:
-    """The exact p-value of McNemar's test: are as many answers [items], bool, gained as lost?"""
-    gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
-    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-
-
 def summary_of(items: Columns, base: Columns | None, seed: int) -> dict:
     """The line of summary.csv of a checkpoint. base: the items of the first run at the same step, if it has them."""
     line = {}
@@ -233,12 +219,6 @@ def draw_question(out: Path, question: str, summary: list[dict]) -> None:
         save_figure(out, f"{question}_change", change, title, "step", "log-odds in nats")
 
 
-def base_items(study: Study) -> Callable[[Run, int], Columns | None]:
-    """The items of the base at the step of another run; None where there is nothing to compare."""
-    base = study.runs[0]
-    return lambda run, step: study.columns(base, step) if run is not base and step in base.steps else None
-
-
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -267,8 +247,7 @@ def main(arguments: list[str] | None = None) -> None:
         items, inputs = describe(questions), encode(questions, tokenizer)
         for run in study.runs:
             study.measure(run, items, answer, args.batch, inputs)
-        before = base_items(study)
-        summary = study.finish(lambda run, step, found: summary_of(found, before(run, step), args.seed))
+        summary = study.finish(lambda run, step, found: summary_of(found, study.base_columns(run, step), args.seed))
         for question in QUESTIONS[:-1]:
             if question in items["question"]:
                 dist.run_on_main(lambda: draw_question(study.out, question, summary))  # noqa: B023

@@ -128,3 +128,16 @@ def prediction(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
         return a / b if b else float("nan")
 
     return {"precision": ratio(both, named), "recall": ratio(both, there), "f1": ratio(2 * both, named + there)}
+
+
+def bootstrap(values: np.ndarray, seed: int, resamples: int = 2000) -> tuple[float, float]:
+    """The 95% interval of the mean of values [items], by drawing items with replacement (percentiles)."""
+    rng = np.random.default_rng(seed)
+    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(resamples)]
+    return tuple(np.percentile(means, [2.5, 97.5]).tolist())
+
+
+def mcnemar(before: np.ndarray, after: np.ndarray) -> float:
+    """The exact p-value of McNemar's test: are as many answers [items], bool, gained as lost?"""
+    gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
+    return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0

@@ -5,7 +5,6 @@ import json
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 pytest.importorskip("pyarrow")
@@ -15,7 +14,7 @@ from corpus.prepare import prepare
 from corpus.tokenizer import byte_tokenizer
 from runtime.errors import UserError
 from studies import gender
-from studies.gender import ask, bootstrap, encode, mcnemar, paper_template, read_control, read_crows, read_winobias
+from studies.gender import ask, encode, paper_template, read_control, read_crows, read_winobias
 
 STEPS = 80
 WINOBIAS = Path(__file__).parents[3] / "shared/data/winobias"
@@ -94,16 +93,6 @@ def test_other_files(tmp_path):
             read(tmp_path / "x")
     with pytest.raises(UserError, match="absent cannot be read"):
         read_crows(tmp_path / "absent")
-
-
-def test_intervals_and_changes():
-    values = np.random.default_rng(0).normal(0.3, 2, 400)
-    low, high = bootstrap(values, seed=0)
-    error = 1.96 * values.std(ddof=1) / 20
-    assert (low, high) == pytest.approx((values.mean() - error, values.mean() + error), abs=0.03)
-    before, after = np.array([1] * 10 + [0] * 12, bool), np.array([1] * 9 + [0] * 3 + [1] * 10, bool)
-    assert mcnemar(before, after) == pytest.approx(2 * 12 / 2**11)  # 10 gained, 1 lost
-    assert mcnemar(before, before) == 1
 
 
 def sentences(nurse: str) -> list[str]:

@@ -7,8 +7,10 @@ pytest.importorskip("scipy")
 from scipy import stats
 
 from studies.statistics import (
+    bootstrap,
     count_events,
     difference_in_differences,
+    mcnemar,
     poisson_quantiles,
     poisson_tests,
     poisson_trend,
@@ -123,3 +125,13 @@ def test_a_prediction():
     predicted, true = np.array([1, 1, 1, 0, 0], bool), np.array([1, 0, 0, 1, 0], bool)
     assert prediction(predicted, true) == pytest.approx({"precision": 1 / 3, "recall": 1 / 2, "f1": 2 / 5})
     assert np.isnan(prediction(np.zeros(3, bool), np.zeros(3, bool))["f1"])
+
+
+def test_intervals_and_changes():
+    values = np.random.default_rng(0).normal(0.3, 2, 400)
+    low, high = bootstrap(values, seed=0)
+    error = 1.96 * values.std(ddof=1) / 20
+    assert (low, high) == pytest.approx((values.mean() - error, values.mean() + error), abs=0.03)
+    before, after = np.array([1] * 10 + [0] * 12, bool), np.array([1] * 9 + [0] * 3 + [1] * 10, bool)
+    assert mcnemar(before, after) == pytest.approx(2 * 12 / 2**11)  # 10 gained, 1 lost
+    assert mcnemar(before, before) == 1
