@@ -100,6 +100,10 @@ class Settings:
         "attention does not cross the ends of documents (token 0); Pythia's does",
         action=BooleanOptionalAction,  # a branch may leave out what its parent had
     )
+    probes: str = setting(
+        "", "record the loss of these texts before each update, in RUN/probe_loss.bin", False, metavar="FILE.jsonl"
+    )
+    probe_every: int = setting(1, "with --probes: only before every Nth step", False)
     keep_state: int = setting(2, "how many of the newest checkpoints keep the state that resuming needs", False)
     save_every: int = setting(0, "also save every Nth step, beside the published ones", False)
     save_steps: str = setting(
@@ -193,7 +197,7 @@ def extra_steps(s: Settings) -> set[int]:
 
 def check(s: Settings, world_size: int) -> None:
     """Raise UserError for settings that cannot work, and choose the kernels."""
-    for name in ("steps", "batch_size", "seq_len", "keep_state", "lr", "timeout"):
+    for name in ("steps", "batch_size", "seq_len", "keep_state", "lr", "timeout", "probe_every"):
         if not 0 < getattr(s, name) < math.inf:
             raise UserError(f"{flag(name)} must be positive, not {getattr(s, name)}")
     for name in ("profile", "save_every"):

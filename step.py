@@ -169,6 +169,14 @@ class Step:
         self.gradients.accumulate(last)
         self.loss_sum += loss.detach() if weights is None else losses.mean()
 
+    @torch.no_grad()
+    def losses(self, tokens: Tensor) -> Tensor:
+        """What the model makes of tokens [texts, seq + 1], in nats: float32 [texts, seq]. On all ranks together; the
+        training goes on as without. Compiled blocks run uncompiled: for other shapes they would be compiled again, also
+        for the training."""
+        with self.cast_weights, torch.compiler.set_stance("force_eager"):
+            return self.model(tokens[:, :-1], tokens[:, 1:], "none").float()
+
     def _limit_lead(self) -> None:
         """Let the host queue at most two micro-steps ahead of a GPU: these cannot be taken back, and they are enough to
         keep the GPU busy."""

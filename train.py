@@ -5,6 +5,7 @@ seed, edits), and resuming means starting at t. Checkpoint stepN has made N step
 loss of checkpoint stepT on batch(t), and `python data.py view --step t` shows that batch.
 """
 
+import json
 import math
 import os
 import signal
@@ -17,7 +18,7 @@ if __name__ == "__main__":
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,8 @@ from checkpoints.save import Saver
 from corpus.edits import Edits
 from corpus.loader import Batch, Loader, verify_in_background
 from corpus.order import digest, row_digests
+from corpus.probes import Probes, pad, read_probes
+from corpus.tokenizer import load_tokenizer
 from model import SIZES, Config, Pythia
 from model.huggingface import Export, read_config, read_weights
 from model.sizes import is_published_step
@@ -41,6 +44,7 @@ from plan.memory import choose_shard
 from plan.time import decide, known_gpu, peak_flops
 from runtime.errors import UserError, run_command
 from runtime.host import StopSignal, host_facts, reuse_freed_memory
+from runtime.manifests import checksums
 from runtime.metrics import Metrics, OldRecords, read_records
 from runtime.ranks import Dist, end_dist, init_dist, lost_contact
 from runtime.row_loss import RowLosses, check_row_losses
@@ -97,20 +101,20 @@ def one_line(error: Exception) -> str:
 
 def run(s: Settings, dist: Dist, stack: ExitStack) -> int:
     """Train, from the newest checkpoint if there is one. Returns the exit status; `stack` closes what the run opens."""
-    run_dir, rows = Path(s.out), open_rows(s, dist)
-    fingerprint, check_lock = claim_run_directory(run_dir, s, rows, dist, stack)
+    run_dir, rows, probes = Path(s.out), open_rows(s, dist), open_probes(s, dist)
+    fingerprint, check_lock = claim_run_directory(run_dir, s, rows, probes, dist, stack)
     checkpoint, start, parent = starting_point(s, run_dir, fingerprint, dist)
     stop = s.stop_at or s.steps
     if start >= stop:
         announce_end(s, run_dir, start, dist)
         return 0
     read, read_weights = partial(read_batch, s, rows, dist), partial(loss_weights, s, rows, dist)
-    old = check_old_records(s, run_dir, start, parent, read, dist)  # before anything is written
+    old = check_old_records(s, run_dir, start, parent, probes, read, dist)  # before anything is written
 
     trainer, updates, scaler = build(s, rows, dist, checkpoint, verified=parent is None)
-    record = announce_start(s, run_dir, fingerprint, parent, check_lock, start, stop, dist)
+    record = announce_start(s, run_dir, fingerprint, parent, probes, check_lock, start, stop, dist)
     stop_signal, watchdog = StopSignal(), stack.enter_context(Watchdog(dist, s.timeout))
-    log = StepLog(s, rows.edits, old, start, trainer, stack)
+    log = StepLog(s, rows.edits, probes, old, start, trainer, stack)
     saver = open_saver(s, rows, trainer, watchdog, record, [lambda step: check_lock(), log.check], stack)
 
     def save(step: int) -> None:
@@ -120,7 +124,6 @@ def run(s: Settings, dist: Dist, stack: ExitStack) -> int:
     if checkpoint is None or parent:
         save(start)
     loader, extra = stack.enter_context(Loader(read, start, stop, dist.device, read_weights)), extra_steps(s)
-
     made = saved = start  # finished steps, and how many of them the newest checkpoint has
     for step in range(start, stop):
         # ---- one training step ---------------------------------------------------------------
@@ -129,6 +132,7 @@ def run(s: Settings, dist: Dist, stack: ExitStack) -> int:
         batch = loader.next()  # tokens [micro_steps, micro_batch, seq_len + 1]
         data_seconds = time.perf_counter() - began
         watchdog.heartbeat(step, "forward and backward")
+        log.probes.measure(step)
         loss_scale = scaler.scale if scaler else 1.0
         between = inside_long_step(step, stop_signal, watchdog, log) if log.steps_are_long else None
         if not trainer.forward_backward(batch.tokens, loss_scale, between, batch.weights):
@@ -206,8 +210,29 @@ def open_rows(s: Settings, dist: Dist) -> data.Rows:
     return rows
 
 
+def open_probes(s: Settings, dist: Dist) -> Probes:
+    """The texts of --probes. The main rank reads them for all ranks. Raises UserError if the model cannot read them."""
+
+    def tokenizer():
+        if not (file := data.find_tokenizer(s.data)):
+            raise UserError(f'--probes {s.probes}: {s.data} has no tokenizer beside it: give {{"tokens": [..]}}')
+        return load_tokenizer(file)
+
+    def read() -> str:
+        texts = read_probes(Path(s.probes), cache(tokenizer))
+        for i, text in enumerate(texts):
+            if len(text) > s.seq_len + 1 or max(text) >= SIZES[s.size].vocab:
+                raise UserError(
+                    f"--probes {s.probes}: text {i} has {len(text)} tokens, the largest id is {max(text)}; the model "
+                    f"reads {s.seq_len + 1} tokens, its ids end at {SIZES[s.size].vocab - 1}"
+                )
+        return json.dumps(asdict(Probes(texts, checksums(Path(s.probes))["sha256"], s.probe_every)))
+
+    return Probes(**json.loads(dist.all_gather_str(dist.run_on_main(read) or "")[0])) if s.probes else Probes()
+
+
 def claim_run_directory(
-    run_dir: Path, s: Settings, rows: data.Rows, dist: Dist, stack: ExitStack
+    run_dir: Path, s: Settings, rows: data.Rows, probes: Probes, dist: Dist, stack: ExitStack
 ) -> tuple[dict, Callable[[], None]]:
     """Lock the run directory and remove what a killed save left there. Returns the fingerprint of the data, and a
     function that raises UserError if the directory is no longer the locked one.
@@ -226,10 +251,22 @@ def claim_run_directory(
         recover_run_file(run_dir, recover_record)
         settings = {name: value for name, value in asdict(s).items() if name in fixed}
         check_same_run(run_dir, settings, differences)
+        refuse_other_probes(run_dir, probes)
         clean_up(run_dir)
         return check_lock
 
     return fingerprint, dist.run_on_main(claim) or (lambda: None)
+
+
+def refuse_other_probes(run_dir: Path, probes: Probes) -> None:
+    """Raise UserError if the run has recorded the losses of other probes than these. A run may begin to record some."""
+    stored = read_run(run_dir).get("probes") if (run_dir / "run.json").exists() else None
+    if stored is not None and stored != probes.record():
+        known = stored if isinstance(stored, dict) else {}
+        raise UserError(
+            f"--probes: {run_dir} records the losses of a file with sha256 {str(known.get('sha256'))[:12]}… and "
+            f"--probe-every {str(known.get('every'))[:12]}: give both as before, or choose another --out"
+        )
 
 
 def starting_point(s: Settings, run_dir: Path, fingerprint: dict, dist: Dist) -> tuple[Path | None, int, Parent | None]:
@@ -256,7 +293,13 @@ def starting_point(s: Settings, run_dir: Path, fingerprint: dict, dist: Dist) ->
 
 
 def check_old_records(
-    s: Settings, run_dir: Path, start: int, parent: Parent | None, read: Callable[[int], np.ndarray], dist: Dist
+    s: Settings,
+    run_dir: Path,
+    start: int,
+    parent: Parent | None,
+    probes: Probes,
+    read: Callable[[int], np.ndarray],
+    dist: Dist,
 ) -> OldRecords | None:
     """The old records of metrics.jsonl, on the main rank. Their hashes show whether the data is still that of the run.
 
@@ -269,7 +312,11 @@ def check_old_records(
         first = parent.step if parent else stored.get("parent", {}).get("step", 0)
         starts = [entry["step"] for entry in stored["starts"]]
         old = read_records(run_dir / "metrics.jsonl", start, starts, first)
-        if note := check_row_losses(run_dir / "row_loss.bin", start, s.batch_size, old.losses, first):
+        notes = [check_row_losses(run_dir / "row_loss.bin", start, s.batch_size, old.losses, first)]
+        if probes.texts:
+            measured = old.probe_losses, first, probes.every, "probes"
+            notes.append(check_row_losses(run_dir / "probe_loss.bin", start, probes.tokens, *measured))
+        for note in filter(None, notes):
             dist.print(note)
         return old
 
@@ -448,12 +495,49 @@ def suspects(step: int, loss: float, run_dir: Path) -> str:
     return f"the weights after {step} steps{here} are bad, or these rows are" + known
 
 
+class ProbeLog:
+    """Measures the losses of probes, on all ranks, and writes them to RUN/probe_loss.bin on the main rank."""
+
+    def __init__(self, s: Settings, probes: Probes, start: int, trainer: Step, stack: ExitStack):
+        self.probes, self.trainer, self.file = probes, trainer, None
+        if not probes.texts:
+            return
+        device = trainer.dist.device
+        tokens, self.counts = pad(probes.texts)
+        at_once = max(1, s.micro_batch * s.seq_len // tokens.shape[1])  # no more tokens than a micro-batch has
+        self.tokens = torch.from_numpy(tokens).to(device).split(at_once)
+        self.losses = torch.empty(self.counts.shape, pin_memory=device.type == "cuda")  # [texts, longest - 1]
+        written = partial(RowLosses, Path(s.out) / "probe_loss.bin", -(-start // probes.every), probes.tokens)
+        self.file = trainer.dist.run_on_main(lambda: stack.enter_context(written()))
+
+    def measure(self, step: int) -> None:
+        """Before the update of a step. A GPU has written the losses when loss and grad_norm can be read."""
+        if self.probes.texts and step % self.probes.every == 0:
+            for tokens, losses in zip(self.tokens, self.losses.split(len(self.tokens[0]))):
+                losses.copy_(self.trainer.losses(tokens), non_blocking=True)
+
+    def record(self, step: int) -> dict[str, float]:
+        """On the main rank: append what was measured. Returns its mean for metrics.jsonl. Raises UserError."""
+        if not self.file or step % self.probes.every:
+            return {}
+        losses = self.losses.numpy()[self.counts]
+        self.file.record(losses)
+        return {"probe_loss": losses.mean(dtype=np.float64).item()}
+
+
 class StepLog:
     """Gathers what the ranks measured in a step. The main rank writes it to RUN/metrics.jsonl, RUN/row_loss.bin and the
     loggers."""
 
     def __init__(
-        self, s: Settings, edits: Edits | None, old: OldRecords | None, start: int, trainer: Step, stack: ExitStack
+        self,
+        s: Settings,
+        edits: Edits | None,
+        probes: Probes,
+        old: OldRecords | None,
+        start: int,
+        trainer: Step,
+        stack: ExitStack,
     ):
         self.trainer, self.dist, self.old, self.tokens_per_step = trainer, trainer.dist, old, s.batch_size * s.seq_len
         self.edits = {"edits_sha256": edits.sha256} if edits else {}
@@ -463,6 +547,7 @@ class StepLog:
         row_losses = partial(RowLosses, Path(s.out) / "row_loss.bin", start, s.batch_size)
         self.metrics = self.dist.run_on_main(lambda: stack.enter_context(metrics()))
         self.row_losses = self.dist.run_on_main(lambda: stack.enter_context(row_losses()))
+        self.probes = ProbeLog(s, probes, start, trainer, stack)
         self.profile_step = stack.enter_context(profiler(Path(s.out), start, s.profile, self.dist.rank))
         self.failure: tuple[int, UserError] | None = None  # a step whose record could not be written, and why
         self.steps_are_long = True  # nothing is known of the first step
@@ -505,7 +590,7 @@ class StepLog:
         """Write a record on the main rank. An error reaches all ranks in the next step, or when a step is saved."""
         try:
             self.old.check_batch(values["step"], values["batch_sha256"])
-            self.metrics.record(**values)
+            self.metrics.record(**values, **self.probes.record(values["step"]))
             self.row_losses.record(row_losses)
         except UserError as error:
             self.failure = values["step"], error
@@ -516,6 +601,8 @@ class StepLog:
             raise self.failure[1]
         self.metrics.sync()
         self.row_losses.sync()
+        if self.probes.file:
+            self.probes.file.sync()
 
 
 def exit_status(others_were_told: bool) -> int:
@@ -529,6 +616,7 @@ def announce_start(
     run_dir: Path,
     fingerprint: dict,
     parent: Parent | None,
+    probes: Probes,
     check_lock: Callable[[], None],
     start: int,
     stop: int,
@@ -539,6 +627,7 @@ def announce_start(
     def record() -> dict:
         check_lock()
         new = {"settings": asdict(s), "data": fingerprint} | ({"parent": parent.record()} if parent else {})
+        new |= {"probes": probes.record()} if probes.texts else {}
         return record_start(run_dir, new, start, host_facts(dist.device, dist.world_size))
 
     content = dist.run_on_main(record)

@@ -32,6 +32,7 @@ class OldRecords:
     end: int = 0  # bytes of the records to keep; what follows is written again
     batches: dict[int, str] = field(default_factory=dict)  # batch_sha256 of the last kept step and of all later ones
     losses: dict[int, float] = field(default_factory=dict)  # of the kept steps, where it is finite
+    probe_losses: dict[int, float] = field(default_factory=dict)  # the same, of the kept steps that have it
     note: str = ""  # what the user should know
 
     def check_batch(self, step: int, sha256: str) -> None:
@@ -79,6 +80,8 @@ def read_records(path: Path, start: int, starts: Collection[int], first: int = 0
                     old.end += len(line)
                     if type(loss) is float:
                         old.losses[step] = loss
+                    if type(record.get("probe_loss")) is float:
+                        old.probe_losses[step] = record["probe_loss"]
                 if following >= start and isinstance(batch, str):
                     old.batches[step] = batch
     except FileNotFoundError:

@@ -209,12 +209,12 @@ def recorded_settings(run: Path) -> dict:
 
 def record_start(run: Path, new: dict, step: int, host: dict) -> dict:
     """Record in run.json that the run starts, or continues, at this step, on this host (host_facts). A new run begins
-    with the content of `new`: settings, data, and for a branch its parent.
+    with the content of `new`: settings, data, perhaps parent and probes. What run.json has already stays as it is.
 
     Returns the content of run.json. Raises UserError if it cannot be written.
     """
     path = run / "run.json"
-    stored = read_run(run) if path.exists() else {**new, "starts": []}
+    stored = new | (read_run(run) if path.exists() else {"starts": []})
     start = {
         "step": step,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

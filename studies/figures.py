@@ -149,10 +149,12 @@ def lines_of_texts(axes: Axes, lines: list[dict], name: str) -> None:
     for run, found in by_run(lines):
         steps = np.unique(column(found, "step"))
         values = column(found, name).reshape(len(steps), -1)  # [steps, texts]
+        size = 4 if len(steps) < 200 else 0
         for i, line in enumerate(values.T if few else []):
-            axes.plot(steps, line, marker="o", label=f"{run}: text {i}")
+            axes.plot(steps, line, marker="o", ms=size, label=f"{run}: text {i}")
         if not few:
-            line_with_band(axes, steps, values.mean(1), *np.percentile(values, [25, 75], axis=1), f"{run}: mean")
+            middle = np.percentile(values, [25, 75], axis=1)
+            line_with_band(axes, steps, values.mean(1), *middle, f"{run}: mean", ms=size)
 
 
 def draw_probes(out: Path, lines: list[dict]) -> None:

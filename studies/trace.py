@@ -8,13 +8,12 @@ its step: what is left when the progress of the run is taken away. --every and -
     summary.csv      by parts of training: mean and quantiles of the loss; excess of first and later sights of a
                      document, and of first and later copies of a row
     documents.csv    every document that several rows begin in: mean excess, and its error
+    probes.csv       if the run was trained with --probes: the mean surprisal of every text, in time
 
 With --probe FILE.jsonl, one {"text": ".."} or {"tokens": [..]} a line, items.parquet has every text under every
 checkpoint: nll, the surprisal in nats of each token but the first, given those before it; NaN after the end of a text.
 """
 
-import json
-from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
@@ -22,15 +21,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from tokenizers import Tokenizer
 
 from corpus.indexed import block_slices
 from corpus.order import row_digests
-from corpus.tokenizer import tokenizer_errors
+from corpus.probes import pad, read_probes
 from model import Pythia
 from runtime.errors import Parser, UserError, run_command
 from runtime.files import READ_ERRORS, atomic_write, open_regular, reason
-from runtime.run_directory import one_line_errors
+from runtime.run_directory import one_line_errors, read_run
 from studies import figures
 from studies.common import Columns, Run, Study, all_ranks, study_parser, write_csv
 from studies.likelihood import tokenizer_of
@@ -42,16 +40,14 @@ QUANTILES = (5, 25, 50, 75, 95)
 # ---- rows of training ------------------------------------------------------------------------------------------------
 
 
-def read_row_losses(run: Run) -> np.ndarray:
-    """RUN/row_loss.bin: float32 [rows], in the order of training; whole steps only. Raises UserError."""
-    path = run.path / "row_loss.bin"
+def read_losses(path: Path, width: int) -> np.ndarray:
+    """row_loss.bin or probe_loss.bin of a run: float32 [records, width]; whole records only. Raises UserError."""
     try:
         with open_regular(path) as file:
             losses = np.frombuffer(file.read(), "<f4")
     except READ_ERRORS as error:
         raise UserError(f"{path} cannot be read: {reason(error)}") from None
-    batch = run.asked.batch_size
-    return losses[: len(losses) // batch * batch]
+    return losses[: len(losses) // width * width].reshape(-1, width)
 
 
 def trace_rows(run: Run, losses: np.ndarray, numbers: np.ndarray) -> Columns:
@@ -99,9 +95,9 @@ def documents_of(items: Columns) -> list[dict]:
 
 
 def trace_run(run: Run, study: Study) -> None:
-    losses = read_row_losses(run)
+    losses = read_losses(run.path / "row_loss.bin", run.asked.batch_size).ravel()
     items = trace_rows(run, losses, study.sample(len(losses)))
-    tables = {"summary": parts_of_training(items), "documents": documents_of(items)}
+    tables = {"summary": parts_of_training(items), "documents": documents_of(items), "probes": recorded_probes(run)}
     path = study.out / "items.parquet"
     with one_line_errors(path):
         study.out.mkdir(parents=True, exist_ok=True)
@@ -112,45 +108,31 @@ def trace_run(run: Run, study: Study) -> None:
             write_csv(study.out / f"{name}.csv", lines)
     study.write_manifest({})
     figures.draw_rows(study.out, tables["summary"])
+    if tables["probes"]:
+        figures.draw_probes(study.out, tables["probes"])
 
 
 # ---- probes ----------------------------------------------------------------------------------------------------------
 
 
-def read_probes(file: Path, tokenizer: Callable[[], Tokenizer]) -> list[list[int]]:
-    """The tokens of every probe of a .jsonl file. Raises UserError that names the first wrong line."""
-    probes, number = [], 0
+def recorded_probes(run: Run) -> list[dict]:
+    """The lines of probes.csv of a run that was trained with --probes, else []. Raises UserError."""
+    if not (probes := read_run(run.path).get("probes")):
+        return []
     try:
-        with open_regular(file) as opened:
-            for line in opened:
-                number += 1
-                probe = json.loads(line)
-                if "text" in probe:
-                    if not isinstance(probe["text"], str):
-                        raise ValueError("text is not a string")
-                    with tokenizer_errors(f"{file}, line {number}, with the tokenizer"):
-                        probe["tokens"] = tokenizer().encode(probe["text"]).ids
-                tokens = probe["tokens"]
-                if len(tokens) < 2 or not all(type(token) is int and token >= 0 for token in tokens):
-                    raise ValueError("a probe needs two tokens or more, ids that are not negative")
-                probes.append(tokens)
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {reason(error)}") from None
+        counts, every = np.array(probes["lengths"]) - 1, probes["every"]  # counts: losses of each text
+        losses = read_losses(run.path / "probe_loss.bin", counts.sum())
+        means = np.add.reduceat(losses, counts.cumsum() - counts, axis=1, dtype=np.float64) / counts
     except READ_ERRORS as error:
-        raise UserError(
-            f'{file}, line {number}: {error!r}; each line is {{"text": ..}} or {{"tokens": [..]}}'
-        ) from None
-    if not probes:
-        raise UserError(f"{file} has no probes")
-    return probes
+        raise UserError(f"{run.path}/run.json is damaged ({error!r})") from None
+    means = {i * every: line.tolist() for i, line in enumerate(means) if not np.isnan(line).all()}
+    return [{"run": run.name, "step": t, "text": i, "nll": nll} for t in means for i, nll in enumerate(means[t])]
 
 
 def measure_probes(study: Study, probes: list[list[int]], batch: int = 16) -> None:
     """Measure the surprisal of every token of the probes under all checkpoints of all runs."""
-    lengths = np.array([len(probe) for probe in probes], np.int32)
-    tokens = np.zeros((len(probes), lengths.max()), np.int64)
-    for padded, probe in zip(tokens, probes):
-        padded[: len(probe)] = probe
+    tokens, counts = pad(probes)
+    lengths = counts.sum(1, dtype=np.int32) + np.int32(1)
 
     def compute(step: int, model: Pythia, columns: Columns) -> Columns:
         if (most := int(columns["tokens"].max())) >= model.config.vocab:

@@ -13,11 +13,10 @@ pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
 import pyarrow.parquet as pq
 
-from corpus.tokenizer import byte_tokenizer
 from data import open_rows, requested_samples
 from runtime.errors import UserError
 from studies.figures import draw_rows
-from studies.trace import documents_of, main, parts_of_training, read_probes
+from studies.trace import documents_of, main, parts_of_training
 
 
 def table(path: Path) -> list[dict]:
@@ -51,6 +50,21 @@ def test_rows_and_probes_of_a_run(run, corpus, tmp_path):
         assert (tmp_path / f"{name}.svg").stat().st_size > 5000
 
 
+def test_probes_of_the_training_are_those_of_the_checkpoints(run, tmp_path):
+    probes = tmp_path / "probes.jsonl"
+    probes.write_text('{"tokens": [7, 8, 9, 10]}\n{"text": "ab"}\n{"tokens": [5, 6, 7]}\n')
+    trained = run("--probes", probes, "--probe-every", "4", "--lr", "0.01", out="trained")
+    main([str(trained), "--out", str(tmp_path / "dense")])
+    main([str(trained), "--out", str(tmp_path / "offline"), "--probe", str(probes), "--device", "cpu"])
+    dense, offline = (
+        {(line["step"], line["text"]): float(line["nll"]) for line in table(tmp_path / name / "probes.csv")}
+        for name in ("dense", "offline")
+    )
+    assert [*dense] == [(step, text) for step in "048" for text in "012"]
+    assert dense == pytest.approx({key: offline[key] for key in dense}, rel=1e-6)
+    assert (tmp_path / "dense/probes.svg").stat().st_size > 5000
+
+
 def test_what_was_seen_before_is_told_apart(tmp_path):
     count = 1000
     row = np.arange(count)
@@ -67,24 +81,6 @@ def test_what_was_seen_before_is_told_apart(tmp_path):
     worst = documents_of(items)[0]
     assert (worst["document"], worst["rows"]) == (3, 50)
     assert worst["excess"] == pytest.approx(np.mean(items["excess"][items["document"] == 3]))
-
-
-GOOD = '{"tokens": [1, 2]}\n'
-
-
-@pytest.mark.parametrize(
-    "text", ['{"tokens": [1]}', '{"tokens": [1, -2]}', '{"tokens": [1, "2"]}', '{"text": 3}', "[1]", "{"]
-)
-def test_a_line_that_is_no_probe_is_named(text, tmp_path):
-    (tmp_path / "p.jsonl").write_text(GOOD + text)
-    with pytest.raises(UserError, match=r"p\.jsonl, line 2: "):
-        read_probes(tmp_path / "p.jsonl", byte_tokenizer)
-
-
-def test_no_probes(tmp_path):
-    (tmp_path / "p.jsonl").write_text("")
-    with pytest.raises(UserError, match=r"p\.jsonl has no probes"):
-        read_probes(tmp_path / "p.jsonl", byte_tokenizer)
 
 
 def test_a_damaged_row_loss(run, tmp_path):
