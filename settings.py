@@ -67,6 +67,7 @@ class Settings:
     branch: str = setting(
         "", "start from weights, moments and counters of this checkpoint, RUN/stepN, with its settings; needs --out"
     )
+    nudge: int = setting(0, "with --branch: move N weights by one rounding step, to see what chance makes of it")
     steps: int = setting(DEFAULTS["steps"], "optimizer steps; the learning-rate schedule spans them")
     stop_at: int = setting(0, "pause after this many steps and save a checkpoint", False)
     batch_size: int = setting(DEFAULTS["batch_size"], "rows of one optimizer step, over all ranks")
@@ -206,6 +207,8 @@ def check(s: Settings, world_size: int) -> None:
     extra_steps(s)
     if s.branch and s.init_from:
         raise UserError("--branch and --init-from both say where the weights come from: leave one out")
+    if s.nudge < 0 or (s.nudge and not s.branch):
+        raise UserError(f"--nudge {s.nudge} must be a number of weights of the parent: it needs --branch")
     if s.bitwise and s.shard in ("none", "hybrid"):
         raise UserError(f"--bitwise divides weights among all ranks: use --shard auto, grad or full, not {s.shard}")
     if not 0 <= s.stop_at <= s.steps:

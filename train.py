@@ -37,7 +37,7 @@ from corpus.tokenizer import load_tokenizer
 from model import SIZES, Config, Pythia
 from model.huggingface import Export, read_config, read_weights
 from model.sizes import is_published_step
-from parallel.fsdp import init_weights, local, local_rows, shard_weights
+from parallel.fsdp import init_weights, local, local_rows, nudge_weights, shard_weights
 from parallel.gradients import Gradients
 from parallel.recompute import set_recompute
 from plan.memory import choose_shard
@@ -111,7 +111,7 @@ def run(s: Settings, dist: Dist, stack: ExitStack) -> int:
     read, read_weights = partial(read_batch, s, rows, dist), partial(loss_weights, s, rows, dist)
     old = check_old_records(s, run_dir, start, parent, probes, read, dist)  # before anything is written
 
-    trainer, updates, scaler = build(s, rows, dist, checkpoint, verified=parent is None)
+    trainer, updates, scaler = build(s, rows, dist, checkpoint, branches=parent is not None)
     record = announce_start(s, run_dir, fingerprint, parent, probes, check_lock, start, stop, dist)
     stop_signal, watchdog = StopSignal(), stack.enter_context(Watchdog(dist, s.timeout))
     log = StepLog(s, rows.edits, probes, old, start, trainer, stack)
@@ -342,7 +342,7 @@ def loss_weights(s: Settings, rows: data.Rows, dist: Dist, step: int) -> np.ndar
 
 
 def build(
-    s: Settings, rows: data.Rows, dist: Dist, checkpoint: Path | None, verified: bool
+    s: Settings, rows: data.Rows, dist: Dist, checkpoint: Path | None, branches: bool
 ) -> tuple[Step, int, LossScaler | None]:
     """The training step, the number of successful updates and the loss scaler, as the checkpoint has them."""
     model, gradients = initial_model(s, dist, restored=checkpoint is not None)
@@ -353,8 +353,10 @@ def build(
     optimizer = make_optimizer(model, s.lr)
     updates, scaler = 0, LossScaler() if s.precision == "fp16" else None
     if checkpoint:
-        counters = restore(checkpoint, model, optimizer, dist, verified)
+        counters = restore(checkpoint, model, optimizer, dist, verified=not branches)
         updates = take_counters(counters, scaler, checkpoint)
+    if s.nudge and branches:
+        nudge_weights(model, s.nudge, s.seed)
     can_have_weights = bool(rows.edits and rows.edits.has_weights)
     return Step(model, gradients, optimizer, dist, can_have_weights), updates, scaler
 

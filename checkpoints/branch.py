@@ -66,4 +66,4 @@ def inherited_settings(branch: str, out: str) -> dict:
         recorded = read_run(Path(out))["settings"]
         if recorded.get("branch") == branch:
             return recorded
-    return read_parent(Path(branch)).settings
+    return read_parent(Path(branch)).settings | {"nudge": 0}

@@ -15,6 +15,7 @@ The rounding of a sum depends on its order, so the last bits of a run depend on 
 
 import warnings
 
+import numpy as np
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
@@ -100,3 +101,23 @@ def init_weights(model: Pythia, seed: int) -> None:
     """Draw the initial weights. Each rank draws only its own rows, and gets those of Pythia.init_weights."""
     for name, p in model.named_parameters():
         local(p).copy_(torch.from_numpy(initial_rows(model.config, name, tuple(p.shape), seed, local_rows(p))))
+
+
+@torch.no_grad()
+def nudge_weights(model: Pythia, count: int, seed: int) -> None:
+    """Move `count` weights up to the next number of their dtype. They are drawn by seed and count, the same on any
+    number of ranks, from the matrices of the blocks, which all tokens use. Raises UserError if there are not so many.
+    """
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    ends = np.cumsum([p.numel() for p in matrices])
+    if count > ends[-1]:
+        raise UserError(f"--nudge {count}: the blocks have {ends[-1]} weights")
+    chosen = np.random.default_rng([seed, count]).choice(ends[-1], count, replace=False)
+    for p, end in zip(matrices, ends):
+        inside = chosen[(end - p.numel() <= chosen) & (chosen < end)] - (end - p.numel())
+        row, column = np.unravel_index(inside, p.shape)
+        rows = local_rows(p)
+        here = (rows.start <= row) & (row < rows.stop)
+        places = torch.from_numpy(row[here] - rows.start), torch.from_numpy(column[here])
+        weights = local(p)[places]
+        local(p)[places] = torch.nextafter(weights, torch.full_like(weights, torch.inf))

@@ -1,11 +1,12 @@
 """What a change of the data did: the surprisal of given texts in two branches of a run, at every common checkpoint.
 
 Runs are exact, so a branch without a change has the bits of its parent. The difference of two branches is the effect of
-the change and of nothing else: it is 0.0 up to the first row that differs.
+the change and of nothing else: it is 0.0 up to the first row that differs. What a smallest change becomes later, by
+chance, branches made with `train.py --nudge` show: give them too, and the figure has them as a grey band.
 
     items.parquet    every text under every checkpoint: nll, the surprisal in nats of each token but the first
     effect.csv       every text at every step that BASE and a branch have: effect, by how much the branch lowers the
-                     mean surprisal of its tokens; largest, the largest change of one token
+                     mean surprisal of its tokens; largest, the largest change of one token; nudge, of the branch
     changed.csv      the rows that a branch was trained on otherwise than BASE: how many tokens, and weights of losses
     summary.csv      the mean effect on all texts, and how many changed rows a checkpoint has seen
 """
@@ -16,7 +17,7 @@ from corpus.indexed import block_slices
 from runtime.errors import UserError, run_command
 from runtime.run_directory import read_run
 from studies import figures
-from studies.common import Columns, Run, Study, all_ranks, study_parser, write_csv
+from studies.common import Columns, Run, Study, all_ranks, recorded_settings, study_parser, write_csv
 from studies.trace import add_probe_flags, measure_probes, probes_of
 
 
@@ -50,11 +51,12 @@ def effect_lines(study: Study, branch: Run) -> list[dict]:
     base = study.runs[0]
     if not (common := [step for step in branch.steps if step in base.steps]):
         raise UserError(f"{branch.path} and {base.path} have no step in common: their checkpoints cannot be compared")
-    lines = []
+    nudge, lines = recorded_settings(branch.path / f"step{common[0]}").get("nudge", 0), []
     for step in common:
         means, largest = effects(study.columns(base, step), study.columns(branch, step))
         for text, (effect, most) in enumerate(zip(means.tolist(), largest.tolist())):
-            lines.append({"run": branch.name, "step": step, "text": text, "effect": effect, "largest": most})
+            values = {"text": text, "effect": effect, "largest": most, "nudge": nudge}
+            lines.append({"run": branch.name, "step": step} | values)
     return lines
 
 

@@ -164,6 +164,15 @@ def draw_probes(out: Path, lines: list[dict]) -> None:
 
 
 def draw_effects(out: Path, lines: list[dict]) -> None:
-    """The figure of studies/effect.py."""
+    """The figure of studies/effect.py. The band of nudged branches reaches to the largest of their effects."""
+    changed, nudged = ([line for line in lines if bool(line["nudge"]) == is_nudged] for is_nudged in (False, True))
+
+    def draw(axes: Axes) -> None:
+        steps = np.unique(column(nudged, "step"))
+        most = np.array([max(abs(line["effect"]) for line in nudged if line["step"] == step) for step in steps])
+        if nudged:
+            axes.fill_between(steps, -most, most, color=GREY, alpha=0.25, lw=0, label="chance: nudged branches")
+        lines_of_texts(axes, changed, "effect")
+
     title, y = "What the change did to the probes", "fall of surprisal, nats per token"
-    save_figure(out, "effect", lambda axes: lines_of_texts(axes, lines, "effect"), title, "step", y)
+    save_figure(out, "effect", draw, title, "step", y)

@@ -83,6 +83,32 @@ def test_the_document_mask_is_recorded_and_a_branch_may_leave_it_out(run, branch
     assert json.loads((child / "run.json").read_text())["settings"]["document_mask"] is False
 
 
+def test_a_nudge_moves_so_many_weights_by_one_rounding_step(run, branch):
+    """It is part of the branch: a resumed branch has it once, and a branch of the branch does not have it again."""
+    parent = run("--keep-state", "9", "--lr", "0.01")
+    same, whole = branch("--nudge", "0", out="same"), branch("--nudge", "3", out="whole")
+    assert content(same / "step9") == content(parent / "step9")
+    assert content(whole / "step9")["model.safetensors"] != content(parent / "step9")["model.safetensors"]
+    child = branch("--nudge", "3", "--stop-at", "6")
+    before, after = (load_file(path / "step4/model.safetensors") for path in (parent, child))
+    moved = {name: after[name] != before[name] for name in before}
+    assert sum(int(places.sum()) for places in moved.values()) == 3
+    for name, places in moved.items():
+        assert not places.any() or before[name].dim() == 2
+        above = torch.nextafter(before[name], torch.tensor(torch.inf))
+        assert torch.equal(after[name], torch.where(places, above, before[name]))
+    assert json.loads((child / "run.json").read_text())["settings"]["nudge"] == 3
+    branch()
+    assert content(child / "step9") == content(whole / "step9")
+    next_one = child.with_name("next")
+    train.train(train.parse(["--branch", str(child / "step8"), "--out", str(next_one), "--kernels", "torch"]))
+    assert content(next_one / "step9") == content(child / "step9")
+    with pytest.raises(UserError, match="--nudge 99999: the blocks have 24576 weights"):
+        branch("--nudge", "99999", out="new")
+    with pytest.raises(UserError, match=r"--nudge 3 must be .* needs --branch"):
+        run("--nudge", "3", out="new")
+
+
 def test_a_branch_resumes_without_its_parent(run, branch, tmp_path):
     parent = run("--keep-state", "9")
     whole = branch("--lr", "0.5", out="whole")

@@ -54,6 +54,13 @@ def test_a_run_goes_on_with_other_ranks(launch, one):
 
 
 @pytest.mark.slow
+def test_a_nudge_is_the_same_on_any_number_of_ranks(launch, one):
+    flags = ("--branch", one / "step4", "--nudge", 50, "--stop-at", 5)
+    alone, several = launch(1, *flags, out="nudged-1"), launch(3, *flags, "--shard", "full", out="nudged-3")
+    assert_same_bits(trained(several) / "step4", trained(alone) / "step4")
+
+
+@pytest.mark.slow
 def test_a_hundred_steps_on_any_number_of_ranks(launch):
     """What the README promises for many ranks."""
     flags = ("--steps", 100, "--lr", 1e-3)

@@ -44,14 +44,18 @@ def test_the_effect_begins_with_the_change(run, edits, tmp_path):
     start = ["--branch", base / "step2", "--save-every", "1"]
     run(*start, out="plain")
     run(*start, "--edits", edits, out="edited")
+    run(*start, "--nudge", "3", out="nudged")
     probes = tmp_path / "probes.jsonl"
     probes.write_text("".join(json.dumps({"tokens": tokens}) + "\n" for tokens in (TEXT.tolist(), [5, 6, 7])))
-    runs = [str(tmp_path / name) for name in ("base", "plain", "edited")]
+    runs = [str(tmp_path / name) for name in ("base", "plain", "edited", "nudged")]
     main([*runs, "--probe", str(probes), "--out", str(tmp_path / "out"), "--device", "cpu"])
     lines = table(tmp_path / "out/effect.csv")
     steps = {name: sorted({int(line["step"]) for line in lines if line["run"] == name}) for name in ("plain", "edited")}
     assert steps == {"plain": list(range(2, 10)), "edited": list(range(2, 10))}
-    for line in lines:
+    nudged = [line for line in lines if line["run"] == "nudged"]
+    assert {line["nudge"] for line in nudged} == {"3"}
+    assert 0 < max(float(line["largest"]) for line in nudged) < 1e-3
+    for line in [line for line in lines if line["nudge"] == "0"]:
         is_changed = line["run"] == "edited" and int(line["step"]) > 5
         assert (float(line["largest"]) > 0) == is_changed
         if is_changed and line["text"] == "0":
