@@ -5,7 +5,6 @@ seed, edits), and resuming means starting at t. Checkpoint stepN has made N step
 loss of checkpoint stepT on batch(t), and `python data.py view --step t` shows that batch.
 """
 
-import json
 import math
 import os
 import signal
@@ -18,7 +17,7 @@ if __name__ == "__main__":
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +31,7 @@ from checkpoints.save import Saver
 from corpus.edits import Edits
 from corpus.loader import Batch, Loader, verify_in_background
 from corpus.order import digest, row_digests
-from corpus.probes import Probes, pad, read_probes
-from corpus.tokenizer import load_tokenizer
+from corpus.probes import ProbeLog, Probes, refuse_other_probes, share_probes
 from model import SIZES, Config, Pythia
 from model.huggingface import Export, read_config, read_weights
 from model.sizes import is_published_step
@@ -44,7 +42,6 @@ from plan.memory import choose_shard
 from plan.time import decide, known_gpu, peak_flops
 from runtime.errors import UserError, run_command
 from runtime.host import StopSignal, host_facts, reuse_freed_memory
-from runtime.manifests import checksums
 from runtime.metrics import Metrics, OldRecords, read_records
 from runtime.ranks import Dist, end_dist, init_dist, lost_contact
 from runtime.row_loss import RowLosses, check_row_losses
@@ -211,24 +208,11 @@ def open_rows(s: Settings, dist: Dist) -> data.Rows:
 
 
 def open_probes(s: Settings, dist: Dist) -> Probes:
-    """The texts of --probes. The main rank reads them for all ranks. Raises UserError if the model cannot read them."""
-
-    def tokenizer():
-        if not (file := data.find_tokenizer(s.data)):
-            raise UserError(f'--probes {s.probes}: {s.data} has no tokenizer beside it: give {{"tokens": [..]}}')
-        return load_tokenizer(file)
-
-    def read() -> str:
-        texts = read_probes(Path(s.probes), cache(tokenizer))
-        for i, text in enumerate(texts):
-            if len(text) > s.seq_len + 1 or max(text) >= SIZES[s.size].vocab:
-                raise UserError(
-                    f"--probes {s.probes}: text {i} has {len(text)} tokens, the largest id is {max(text)}; the model "
-                    f"reads {s.seq_len + 1} tokens, its ids end at {SIZES[s.size].vocab - 1}"
-                )
-        return json.dumps(asdict(Probes(texts, checksums(Path(s.probes))["sha256"], s.probe_every)))
-
-    return Probes(**json.loads(dist.all_gather_str(dist.run_on_main(read) or "")[0])) if s.probes else Probes()
+    """The texts of --probes, on all ranks. Raises UserError if they are not texts for the model."""
+    if not s.probes:
+        return Probes()
+    limits = s.seq_len + 1, SIZES[s.size].vocab
+    return share_probes(Path(s.probes), s.probe_every, data.find_tokenizer(s.data), *limits, dist)
 
 
 def claim_run_directory(
@@ -256,17 +240,6 @@ def claim_run_directory(
         return check_lock
 
     return fingerprint, dist.run_on_main(claim) or (lambda: None)
-
-
-def refuse_other_probes(run_dir: Path, probes: Probes) -> None:
-    """Raise UserError if the run has recorded the losses of other probes than these. A run may begin to record some."""
-    stored = read_run(run_dir).get("probes") if (run_dir / "run.json").exists() else None
-    if stored is not None and stored != probes.record():
-        known = stored if isinstance(stored, dict) else {}
-        raise UserError(
-            f"--probes: {run_dir} records the losses of a file with sha256 {str(known.get('sha256'))[:12]}… and "
-            f"--probe-every {str(known.get('every'))[:12]}: give both as before, or choose another --out"
-        )
 
 
 def starting_point(s: Settings, run_dir: Path, fingerprint: dict, dist: Dist) -> tuple[Path | None, int, Parent | None]:
@@ -497,36 +470,6 @@ def suspects(step: int, loss: float, run_dir: Path) -> str:
     return f"the weights after {step} steps{here} are bad, or these rows are" + known
 
 
-class ProbeLog:
-    """Measures the losses of probes, on all ranks, and writes them to RUN/probe_loss.bin on the main rank."""
-
-    def __init__(self, s: Settings, probes: Probes, start: int, trainer: Step, stack: ExitStack):
-        self.probes, self.trainer, self.file = probes, trainer, None
-        if not probes.texts:
-            return
-        device = trainer.dist.device
-        tokens, self.counts = pad(probes.texts)
-        at_once = max(1, s.micro_batch * s.seq_len // tokens.shape[1])  # no more tokens than a micro-batch has
-        self.tokens = torch.from_numpy(tokens).to(device).split(at_once)
-        self.losses = torch.empty(self.counts.shape, pin_memory=device.type == "cuda")  # [texts, longest - 1]
-        written = partial(RowLosses, Path(s.out) / "probe_loss.bin", -(-start // probes.every), probes.tokens)
-        self.file = trainer.dist.run_on_main(lambda: stack.enter_context(written()))
-
-    def measure(self, step: int) -> None:
-        """Before the update of a step. A GPU has written the losses when loss and grad_norm can be read."""
-        if self.probes.texts and step % self.probes.every == 0:
-            for tokens, losses in zip(self.tokens, self.losses.split(len(self.tokens[0]))):
-                losses.copy_(self.trainer.losses(tokens), non_blocking=True)
-
-    def record(self, step: int) -> dict[str, float]:
-        """On the main rank: append what was measured. Returns its mean for metrics.jsonl. Raises UserError."""
-        if not self.file or step % self.probes.every:
-            return {}
-        losses = self.losses.numpy()[self.counts]
-        self.file.record(losses)
-        return {"probe_loss": losses.mean(dtype=np.float64).item()}
-
-
 class StepLog:
     """Gathers what the ranks measured in a step. The main rank writes it to RUN/metrics.jsonl, RUN/row_loss.bin and the
     loggers."""
@@ -549,7 +492,9 @@ class StepLog:
         row_losses = partial(RowLosses, Path(s.out) / "row_loss.bin", start, s.batch_size)
         self.metrics = self.dist.run_on_main(lambda: stack.enter_context(metrics()))
         self.row_losses = self.dist.run_on_main(lambda: stack.enter_context(row_losses()))
-        self.probes = ProbeLog(s, probes, start, trainer, stack)
+        # no more tokens at once than a micro-batch has
+        probe_log = partial(ProbeLog, probes, trainer.losses, s.micro_batch * s.seq_len, self.dist)
+        self.probes = probe_log(Path(s.out) / "probe_loss.bin", start, stack)
         self.profile_step = stack.enter_context(profiler(Path(s.out), start, s.profile, self.dist.rank))
         self.failure: tuple[int, UserError] | None = None  # a step whose record could not be written, and why
         self.steps_are_long = True  # nothing is known of the first step
