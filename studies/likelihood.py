@@ -100,17 +100,22 @@ def pad(pairs: list[tuple[list[int], int]]) -> dict[str, np.ndarray]:
 
 def score(model: Pythia, tokens: np.ndarray, context: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The log-likelihood of tokens[i, context[i] : length[i]] after those before them, in nats, and whether greedy
-    generation writes them: float64 and bool [items]. Raises UserError for a token that the model does not have."""
+    generation writes them: float64 and bool [items]. Raises UserError for a token that the model does not have.
+
+    Items that differ in their last token only, as choices of one token do, are one row of the model.
+    """
     device, width = model.embed.device, int(length.max())
     if tokens.max() >= model.config.vocab:
         raise UserError(f"token id {tokens.max()} is not one of the {model.config.vocab} of the model")
-    ids = torch.from_numpy(tokens[:, :width].astype(np.int64)).to(device)
-    places = torch.arange(1, width, device=device)
-    begin, end = (torch.from_numpy(n).to(device)[:, None] for n in (context, length))
-    scored = (places >= begin) & (places < end)  # [items, width - 1]: the targets of the continuation
-    y = model.final_hidden(ids[:, :-1])[scored]
-    hit, _, surprisal = compare_greedy(y, model.unembed, ids[:, 1:][scored])
-    item = scored.nonzero()[:, 0]
+    ids, places = tokens[:, :width].astype(np.int64), np.arange(1, width)
+    inputs, row = np.unique(np.where(places < length[:, None], ids[:, :-1], 0), axis=0, return_inverse=True)
+    scored = (places >= context[:, None]) & (places < length[:, None])  # [items, width - 1]: the continuations
+    item, place = scored.nonzero()
+    row, place, targets, item = (
+        torch.from_numpy(n).to(device) for n in (row.ravel()[item], place, ids[:, 1:][scored], item)
+    )
+    y = model.final_hidden(torch.from_numpy(inputs).to(device))[row, place]
+    hit, _, surprisal = compare_greedy(y, model.unembed, targets)
     sums = torch.zeros(len(ids), dtype=torch.float64, device=device).index_add_(0, item, -surprisal.double())
     misses = torch.zeros(len(ids), dtype=torch.int64, device=device).index_add_(0, item, (~hit).long())
     return sums.cpu().numpy(), (misses == 0).cpu().numpy()

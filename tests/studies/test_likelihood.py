@@ -55,6 +55,16 @@ def test_greedy_over_parts_of_the_vocabulary(chunk, monkeypatch):
         torch.testing.assert_close(margin, (y @ weight.T)[range(200), targets] - others, rtol=0, atol=1e-12)
 
 
+def test_choices_of_one_token_share_a_row(model, monkeypatch):
+    pairs = [([5, 9, 7, choice], 3) for choice in (1, 2, 3)] + [([5, 9, 7, 0, 4], 3), ([5, 9, 7, 8, 4], 4)]
+    alone, seen, final_hidden = [score(model, **pad([pair])) for pair in pairs], [], model.final_hidden
+    monkeypatch.setattr(model, "final_hidden", lambda tokens: seen.append(tokens) or final_hidden(tokens))
+    found, greedy = score(model, **pad(pairs))
+    assert [len(tokens) for tokens in seen] == [2]  # 5 9 7 with and without the 0 after it are one row
+    np.testing.assert_allclose(found, [likelihood[0] for likelihood, _ in alone], rtol=0, atol=1e-9)
+    assert greedy.tolist() == [hit[0] for _, hit in alone]
+
+
 def test_pairs():
     ids = byte_tokenizer().encode("Q: 1? 2").ids
     assert encode_pair(byte_tokenizer(), "Q: 1?", " 2") == (ids, 5)
