@@ -135,7 +135,7 @@ def answer(step: int, model: Pythia, columns: Columns) -> Columns:
 
 def kinds(items: Columns) -> dict[tuple[str, int], Columns]:
     """The columns of every task and number of shots."""
-    names = dict.fromkeys(zip(items["task"].tolist(), items["shots"].tolist()))
+    names = sorted(set(zip(items["task"].tolist(), items["shots"].tolist())))
     chosen = {name: (items["task"] == name[0]) & (items["shots"] == name[1]) for name in names}
     return {name: {key: values[chosen[name]] for key, values in items.items()} for name in names}
 
@@ -193,9 +193,12 @@ def write_scores(study: Study, seed: int) -> None:
                 lines.append(line | score_line(choices, before.get(name), seed))
     write_csv(study.out / "scores.csv", lines)
     for task in dict.fromkeys(line["task"] for line in lines):
-        for metric, label in (("acc", "share of items"), ("bits_per_byte", "bits per byte of the right text")):
+        for metric, title, label in (
+            ("acc", "right answers", "share of items"),
+            ("bits_per_byte", "the right texts", "bits per byte"),
+        ):
             part = [line for line in lines if line["task"] == task]
-            save_figure(study.out, f"{task}_{metric}", partial(draw, part, metric), task, "step", label)
+            save_figure(study.out, f"{task}_{metric}", partial(draw, part, metric), f"{task}: {title}", "step", label)
 
 
 def draw(lines: list[dict], metric: str, axes: Axes) -> None:
@@ -206,7 +209,7 @@ def draw(lines: list[dict], metric: str, axes: Axes) -> None:
             values = (column(part, f"{metric}{end}") for end in ("", "_low", "_high"))
             line_with_band(axes, column(part, "step"), *values, f"{run}, {shots} shots")
     if metric == "acc" and lines[0]["chance"]:
-        axes.axhline(lines[0]["chance"], color=GREY, lw=0.8)
+        axes.axhline(lines[0]["chance"], color=GREY, lw=0.8, label="chance")
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
