@@ -196,7 +196,7 @@ class Attack:
         return os.mkdir, (str(self.file),)
 
 
-@pytest.mark.parametrize("options", ["documented", "standalone"])
+@pytest.mark.parametrize("options", ["documented", pytest.param("standalone", marks=pytest.mark.slow)])
 def test_keys_of_the_store_are_not_unpickled(options, start, tmp_path):
     """Another process writes a pickle into the store of torchrun. With --standalone, torchrun reads it and runs its
     code; with the options of docs/faults.md it has no such key, and only one port."""

@@ -88,7 +88,9 @@ def test_run_equals_transformers_in_an_ordinary_loop(run, corpus, tiny):
         torch.testing.assert_close(final[name.replace("lm_head", "embed_out")], p, rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "precision", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("fp32", "bf16")), "fp16"]
+)
 def test_resume_is_exact_at_every_checkpoint(run, precision):
     """A run stopped after any of 1 .. 8 steps and resumed has the records and final bytes of the run never stopped."""
     flags = ("--precision", precision)

@@ -651,7 +651,11 @@ def test_killed_at_any_call(saved, tmp_path, quick, trials):
     assert seen == {"open", "write", "fsync", "mkdir", "rename", "unlink", "rmdir"}
 
 
-@pytest.mark.parametrize(("step", "world"), [(2, 1), (3, 2)], ids=["saved again", "new step of two ranks"])
+@pytest.mark.parametrize(
+    ("step", "world"),
+    [pytest.param(2, 1, marks=pytest.mark.slow), (3, 2)],
+    ids=["saved again", "new step of two ranks"],
+)
 def test_an_error_at_any_call(saved, tmp_path, quick, step, world):
     """All ranks fail with the same line, unless the call only cleans up; the earlier checkpoints stay."""
     tokenizer, newer, failures = saved.parent / "tokenizer.json", Trainee(steps=6, seed=4), 0

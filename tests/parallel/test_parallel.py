@@ -124,7 +124,9 @@ for (name, _), a, b in zip(model.named_parameters(), *gradients):
 """
 
 
-@pytest.mark.parametrize(("kernels", "recompute"), [("triton", "cheap"), ("torch", "none")])
+@pytest.mark.parametrize(
+    ("kernels", "recompute"), [pytest.param("triton", "cheap", marks=pytest.mark.slow), ("torch", "none")]
+)
 def test_fsdp_on_one_rank_equals_the_plain_model(kernels, recompute, tmp_path, monkeypatch):
     if kernels == "triton" and not torch.cuda.is_available():
         monkeypatch.setenv("TRITON_INTERPRET", "1")
