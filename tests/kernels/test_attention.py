@@ -20,6 +20,7 @@ from kernels import (
 )
 from kernels.tiles import Attention, Tile
 from model import SIZES, Pythia
+from model.sizes import END_OF_TEXT
 from parallel.recompute import set_recompute
 
 HEAD_DIMS = (32, 64, 80, 128, 256)  # of the suite
@@ -403,6 +404,7 @@ def test_a_model_rotates_in_place_and_recomputes_with_the_same_bits(recompute, d
     """--recompute cheap keeps the rotated projection: no matmul and no rotation runs again."""
     model = Pythia(replace(SIZES["14m"], layers=2, hidden=32, heads=2, vocab=64, seq_len=16)).to(device)
     tokens = torch.randint(64, (2, 17), generator=torch.Generator().manual_seed(0)).to(device)
+    model.document_mask, tokens[:, 5] = recompute == "full", END_OF_TEXT
     directions = []
     in_place = attention.rotate_in_place
 
