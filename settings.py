@@ -118,6 +118,7 @@ class Settings:
 
 
 FIXED = {f.name for f in fields(Settings) if f.metadata["fixed"]}
+RECORDED = FIXED | {"data", "edits", "micro_batch"}  # in the manifest of every checkpoint; a branch inherits them
 
 
 def parse(arguments: list[str]) -> Settings:
@@ -165,7 +166,7 @@ def inherit(arguments: list[str]) -> dict:
         raise UserError("--branch needs --out: the new run has a directory of its own")
     recorded, taken = inherited_settings(given.branch, given.out), {}
     for f in fields(Settings):
-        if f.name not in FIXED | {"data", "edits", "micro_batch"} or f.name not in recorded:
+        if f.name not in RECORDED or f.name not in recorded:
             continue
         value, choices = recorded[f.name], f.metadata["options"].get("choices")
         if type(value) is not f.type or (choices and value not in choices):

@@ -57,7 +57,7 @@ from runtime.run_directory import (
 )
 from runtime.timing import profiler
 from runtime.watchdog import Watchdog
-from settings import DTYPES, FIXED, Settings, extra_steps, make_job, parse, plan_text, precision_text
+from settings import DTYPES, FIXED, RECORDED, Settings, extra_steps, make_job, parse, plan_text, precision_text
 from step import LossScaler, Step, learning_rate, make_optimizer
 
 LONG_STEP = 5.0  # seconds; a longer step shows its progress, and Ctrl-C drops it
@@ -404,11 +404,7 @@ def open_saver(
     export = Export(dtype, tokenizer=data.find_tokenizer(s.data))
     options = {"keep_state": s.keep_state, "heartbeat": watchdog.heartbeat}
     if record:
-        kept = {
-            name: value
-            for name, value in record["settings"].items()
-            if name in FIXED | {"data", "edits", "micro_batch"}
-        }
+        kept = {name: value for name, value in record["settings"].items() if name in RECORDED}
         data_without_times = {name: value for name, value in record["data"].items() if name != "modified_ns"}
         origin = {"parent": record["parent"]} if "parent" in record else {}
         options["record"] = {"settings": kept, "data": data_without_times, **origin}

@@ -7,17 +7,16 @@ import random
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from corpus.edits import EDIT, write_edits
 from corpus.inverse import ramps
 from corpus.order import Rows, served_rows
-from corpus.search import asked_spans, numbers, occurrences, span_of, spans_of_texts
+from corpus.search import asked_spans, numbers, occurrences, read_lines, span_of, spans_of_texts
 from corpus.suffix_index import open_index
 from runtime.errors import UserError, printable
-from runtime.files import READ_ERRORS, read_small, reason
+from runtime.files import READ_ERRORS
 
 ROWS = 1024  # that are read at once
 TRIES = 1000  # to find a free place for a planted text
@@ -57,17 +56,9 @@ def write(args: argparse.Namespace, rows: Rows, blocks: Iterable[np.ndarray]) ->
     print(printable(f"{args.out}: {count:,} edits"), file=sys.stderr)
 
 
-def read_lines(flag: str, file: str) -> list[str]:
-    """The lines of a file that a flag names. Raises UserError."""
-    try:
-        return read_small(Path(file), LIST_BYTES).decode().splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {file} cannot be read: {reason(error)}") from None
-
-
 def number_list(flag: str, text: str) -> list[int]:
     """The numbers of a flag: with commas between them, or in a file, one a line. Raises UserError."""
-    return numbers(flag, ",".join(filter(None, read_lines(flag, text))) if os.path.lexists(text) else text)
+    return numbers(flag, ",".join(filter(None, read_lines(flag, text, LIST_BYTES))) if os.path.lexists(text) else text)
 
 
 def asked_pieces(args: argparse.Namespace, rows: Rows, tokenizer: object) -> np.ndarray:
@@ -90,7 +81,7 @@ def plant(args: argparse.Namespace, rows: Rows, tokenizer: object) -> None:
     (default: drawn). The copies are spread evenly over the steps, and rows are drawn. Prints where each copy is."""
     steps, draw, taken = step_range(args, rows), random.Random(args.draw_seed), {}
     planted, places = [], []
-    for number, line in enumerate(read_lines("--plants", args.plants), 1):
+    for number, line in enumerate(read_lines("--plants", args.plants, LIST_BYTES), 1):
         where = f"{args.plants}, line {number}"
         ids, chosen, times, position = read_plant(line, where, steps, rows, tokenizer)
         for copy in range(times):
@@ -168,7 +159,7 @@ def mask(args: argparse.Namespace, rows: Rows, tokenizer: object) -> None:
     first, last = steps.start * args.batch_size, steps.stop * args.batch_size
     pieces = pieces[(pieces["served"] >= first) & (pieces["served"] < last)]
     places = np.repeat(pieces["served"] * width + pieces["position"], pieces["tokens"]) + ramps(pieces["tokens"])
-    places = np.unique(places[places % width > 0])  # position 0 is no target
+    places = np.unique(places[places % width > 0])  # position 0 is not a target
     edits = np.zeros(len(places), EDIT)
     edits["row"], edits["position"], edits["weight"] = places // width, places % width, args.weight
 

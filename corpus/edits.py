@@ -5,7 +5,7 @@ The file is parquet. Each of its lines changes one token of a row as served, or 
     row       int64    number of the row in the order: batch_size * step + row of the step
     position  int32    in the row, 0 .. seq_len
     old, new  int32    the token id without and with the edit; the same if only the weight changes
-    weight    float32  of the loss of this token as a target: 1 as published, 0 masked. Position 0 is no target: 1
+    weight    float32  of the loss of this token as a target: 1 as published, 0 masked. Position 0 is not a target: 1
 
 The lines are sorted by (row, position), and each place occurs once. The metadata says of which order the rows are
 (order_sha256, seq_len), how the file was made (command), and has a sha256 of all that, so that no damage goes unseen.
@@ -57,7 +57,7 @@ def one_line_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such edits file; give its place as --edits") from None
+        raise UserError(f"{path}: the edits file does not exist; give its place as --edits") from None
     except errors as error:
         line = (reason(error).splitlines() or [repr(error)])[0][:300]
         raise UserError(f"{path}: not an edits file that works ({line}); `python data.py edit` makes one") from None
@@ -198,7 +198,7 @@ def check(edits: np.ndarray, seq_len: int) -> None:
         "the row is negative": row < 0,
         f"the position is not in 0 .. {seq_len}": (position < 0) | (position > seq_len),
         "the weight is not a finite number of at least 0": ~(np.isfinite(weight) & (weight >= 0)),
-        "position 0 is no target and has no weight": (position == 0) & (weight != 1),
+        "position 0 is not a target and has no weight": (position == 0) & (weight != 1),
         "it does not come after the edit before it": np.concatenate([np.zeros(min(len(row), 1), bool), ~follows]),
     }
     for problem, wrong in rules.items():

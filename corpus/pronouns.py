@@ -6,8 +6,8 @@ pronoun is a whole word: not `he` in `Mic|he|lle`, ` her` in ` her|ald`, or `him
 where the rest of the word or the next word may be in another row, and is counted.
 
 Two words have two counterparts: his is her (his book) or hers (it is his); her is his (her book) or him (saw her). They
-are determiners if the word behind them follows at once and is no function word. On the pairs of WinoBias (Zhao et al.
-2018, arXiv:1804.06876), which differ in gender only, this rule is right for more than 95%.
+are determiners if the word behind them follows at once and is not a function word. On the pairs of WinoBias (Zhao et
+al. 2018, arXiv:1804.06876), which differ in gender only, this rule is right for more than 95%.
 """
 
 import argparse

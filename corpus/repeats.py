@@ -13,7 +13,7 @@ BLOCK = 1 << 12  # documents or rows that are in memory at once
 def times_trained(rows: Rows, served: int) -> np.ndarray:
     """Return how many tokens are a target 0, 1, 2 ... times in the first `served` rows: int64 [epochs + 1].
 
-    The first token of a row is no target. In an order it is the last one of another row.
+    The first token of a row is not a target. In an order it is the last one of another row.
     """
     if isinstance(rows, ShuffledRows) or rows.epochs == 1:  # no token is a target twice
         once = served * rows.seq_len

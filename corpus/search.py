@@ -241,6 +241,14 @@ def numbers(flag: str, text: str) -> list[int]:
         raise UserError(f"{flag} {text}: give whole numbers with commas between them") from None
 
 
+def read_lines(flag: str, file: str, limit: int) -> list[str]:
+    """The lines of a file of at most `limit` bytes that a flag names. Raises UserError."""
+    try:
+        return read_small(Path(file), limit).decode().splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {file} cannot be read: {reason(error)}") from None
+
+
 def span_of(ids: list[int], data: IndexedTokens, where: str) -> np.ndarray:
     """Return token ids as an array in the dtype of the data. Raises UserError if the data cannot have them."""
     limits = np.iinfo(data.dtype)
@@ -333,11 +341,7 @@ def count(args: argparse.Namespace, rows: Rows, tokenizer: object) -> None:
     if not 1 <= at[0] <= at[-1] <= steps:
         raise UserError(f"--at {args.at}: the run has the checkpoints 1 .. {steps}")
     if args.terms:
-        try:
-            lines = read_small(Path(args.terms), 1 << 26).decode().splitlines()
-        except (OSError, ValueError) as error:
-            raise UserError(f"--terms {args.terms} cannot be read: {reason(error)}") from None
-        names = list(dict.fromkeys(line for line in lines if line))
+        names = list(dict.fromkeys(filter(None, read_lines("--terms", args.terms, 1 << 26))))
         if not names:
             raise UserError(f"--terms {args.terms} has no terms; give one a line")
         spans = spans_of_texts(names, tokenizer, rows.data)

@@ -353,6 +353,13 @@ def write_csv(path: Path, lines: list[dict]) -> None:
         writer.writerows(lines)
 
 
+def by_task(items: Columns) -> dict[tuple[str, int], Columns]:
+    """The items of every task and number of shots, in the order in which the items have them."""
+    names = dict.fromkeys(zip(items["task"].tolist(), items["shots"].tolist()))
+    chosen = {name: (items["task"] == name[0]) & (items["shots"] == name[1]) for name in names}
+    return {name: {key: values[chosen[name]] for key, values in items.items()} for name in names}
+
+
 def read_lines(file: Path) -> list[str]:
     """The lines of a user's text file that are not empty. Raises UserError."""
     try:

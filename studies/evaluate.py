@@ -32,9 +32,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from tokenizers import Tokenizer
 
+from corpus.search import numbers
 from model import Pythia
 from runtime.errors import UserError, run_command
-from studies.common import Columns, Study, all_ranks, read_lines, study_parser, trained_config, write_csv
+from studies.common import Columns, Study, all_ranks, by_task, read_lines, study_parser, trained_config, write_csv
 from studies.figures import GREY, by_run, column, line_with_band, save_figure
 from studies.likelihood import encode_pair, pad, score, tokenizer_of
 from studies.statistics import bootstrap, mcnemar, wilson
@@ -134,10 +135,8 @@ def answer(step: int, model: Pythia, columns: Columns) -> Columns:
 
 
 def kinds(items: Columns) -> dict[tuple[str, int], Columns]:
-    """The columns of every task and number of shots."""
-    names = sorted(set(zip(items["task"].tolist(), items["shots"].tolist())))
-    chosen = {name: (items["task"] == name[0]) & (items["shots"] == name[1]) for name in names}
-    return {name: {key: values[chosen[name]] for key, values in items.items()} for name in names}
+    """The choices of every task and number of shots, sorted: the order of the items is that of their lengths."""
+    return dict(sorted(by_task(items).items(), key=lambda kind: kind[0]))
 
 
 def metrics(choices: Columns) -> dict[str, np.ndarray]:
@@ -225,10 +224,7 @@ def parse(arguments: list[str] | None):
     args.files = [Path(name) for name in args.task.split(",") if name]
     if not args.files or len({file.stem for file in args.files}) < len(args.files):
         raise UserError(f"--task {args.task}: give files of different names")
-    try:
-        args.shots = list(dict.fromkeys(int(number) for number in args.shots.split(",")))
-    except ValueError:
-        raise UserError(f"--shots {args.shots}: give whole numbers with commas between them") from None
+    args.shots = list(dict.fromkeys(numbers("--shots", args.shots)))
     if args.batch < 1 or min(args.shots) < 0:
         raise UserError("--batch must be positive, --shots 0 or more")
     return args

@@ -12,10 +12,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from corpus.probes import pad as pad_texts
 from corpus.tokenizer import load_tokenizer, tokenizer_errors
-from generate import END_OF_TEXT
 from kernels import linear
 from model import KVCache, Pythia
+from model.sizes import END_OF_TEXT
 from runtime.errors import UserError
 
 VOCAB_CHUNK = 8192  # logits of a token at a time: those of a whole batch, [tokens, vocab], are never there
@@ -91,9 +92,7 @@ def pad(pairs: list[tuple[list[int], int]]) -> dict[str, np.ndarray]:
     """
     if empty := [tokens for tokens, context in pairs if len(tokens) <= context]:
         raise UserError(f"a text has no token after its context: {empty[0]}")
-    tokens = np.zeros((len(pairs), max(len(tokens) for tokens, _ in pairs)), np.int32)
-    for i, (ids, _) in enumerate(pairs):
-        tokens[i, : len(ids)] = ids
+    tokens = pad_texts([ids for ids, _ in pairs])[0].astype(np.int32)
     context = np.array([context for _, context in pairs], np.int32)
     return {"tokens": tokens, "context": context, "length": np.array([len(ids) for ids, _ in pairs], np.int32)}
 

@@ -5,7 +5,7 @@ of k + l - 1 tokens decides it: as long as every prediction is right, generation
 32 tokens of a row cost one pass, not 32.
 
 The rows that a checkpoint has not seen yet, and those that the run never serves, are measured too. They are the
-baseline: what a model can continue without having seen it (counting, licences, boilerplate) is no memory.
+baseline: what a model can continue without having seen it (counting, licences, boilerplate) is not memory.
 
     items.parquet    every row under every checkpoint: memorized, first_miss (correct tokens before the first miss),
                      nll (mean surprisal of the l tokens, nats), margin (the least distance of a true logit from the
@@ -25,8 +25,8 @@ from torch import Tensor
 
 from corpus.indexed import block_slices
 from corpus.order import Rows, row_digests, served_rows
-from generate import END_OF_TEXT
 from model import Pythia
+from model.sizes import END_OF_TEXT
 from runtime.errors import UserError, run_command
 from studies import figures
 from studies.common import Columns, Run, Study, all_ranks, find_run, study_parser, write_csv

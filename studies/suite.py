@@ -67,7 +67,7 @@ class Job:
     def state(self) -> str:
         if self.path.suffix == ".parquet":
             return "done" if self.path.exists() else "missing"
-        if (self.path / "manifest.json").exists() or (self.path / "summary.csv").exists():
+        if (self.path / "manifest.json").exists():
             return "done"
         return f"at step {max(steps)}" if (steps := saved_steps(self.path)) else "missing"
 

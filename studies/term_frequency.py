@@ -31,11 +31,11 @@ from matplotlib.axes import Axes
 from scipy.stats import spearmanr
 from tokenizers import Tokenizer
 
-from corpus.search import spans_of_texts
+from corpus.search import numbers, spans_of_texts
 from corpus.tokenizer import tokenizer_errors
 from model import Pythia
 from runtime.errors import UserError, run_command
-from studies.common import Columns, Run, Study, all_ranks, read_lines, study_parser, write_csv
+from studies.common import Columns, Run, Study, all_ranks, by_task, read_lines, study_parser, write_csv
 from studies.figures import GREY, column, line_with_band, save_figure
 from studies.likelihood import encode_pair, pad, score, tokenizer_of, write_greedy
 from studies.term_counts import TermCounts
@@ -163,24 +163,21 @@ def counts_of(run: Run, questions: list[Question], tokenizer: Tokenizer, file: P
 
 def summary_of(items: Columns) -> dict:
     line = {}
-    for task, shots in kinds(items):
-        chosen = (items["task"] == task) & (items["shots"] == shots)
-        line[f"{task}_{shots}_accuracy"] = items["correct"][chosen].mean()
-        line[f"{task}_{shots}_log_probability"] = items["log_probability"][chosen].mean()
+    for (task, shots), part in by_task(items).items():
+        line[f"{task}_{shots}_accuracy"] = part["correct"].mean()
+        line[f"{task}_{shots}_log_probability"] = part["log_probability"].mean()
     return line
 
 
-def kinds(items: Columns) -> list[tuple[str, int]]:
-    return list(dict.fromkeys(zip(items["task"].tolist(), items["shots"].tolist())))
+def by_term(items: Columns, names: tuple[str, ...]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The terms [terms], and the means of columns over the items of each."""
+    terms, group = np.unique(items["term"], return_inverse=True)
+    return terms, [np.bincount(group, items[name]) / np.bincount(group) for name in names]
 
 
 def frequency_line(items: Columns, seed: int) -> dict:
     """How the answers of one task depend on the rows that have the terms. NaN where nothing varies."""
-    terms, group = np.unique(items["term"], return_inverse=True)
-    sizes = np.bincount(group)
-    seen, accuracy, likelihood = (
-        np.bincount(group, items[name]) / sizes for name in ("rows_seen", "correct", "log_probability")
-    )
+    terms, (seen, accuracy, likelihood) = by_term(items, ("rows_seen", "correct", "log_probability"))
     line = {"terms": len(terms), "accuracy": items["correct"].mean(), "rows_seen": seen.mean()}
     for name, values in (("rho", accuracy), ("rho_log_probability", likelihood)):
         line |= with_interval(name, rank_correlation, seen, values, seed)
@@ -218,8 +215,8 @@ def adjusted_slope(terms: np.ndarray, seen: np.ndarray, values: np.ndarray) -> t
     numbers frequent and easy: size, digits, a zero at the end. Terms that are no numbers have the intercept only."""
     columns = [np.ones(len(terms)), np.log1p(seen)]
     if all(term.isdecimal() for term in terms.tolist()):
-        numbers = np.array([int(term) for term in terms.tolist()])
-        columns += [numbers / 100, np.array([len(term) for term in terms.tolist()]), numbers % 10 == 0]
+        number = np.array([int(term) for term in terms.tolist()])
+        columns += [number / 100, np.array([len(term) for term in terms.tolist()]), number % 10 == 0]
     x = np.stack(columns, 1).astype(np.float64)
     if len(x) <= x.shape[1] or np.linalg.matrix_rank(x) < x.shape[1]:
         return float("nan"), float("nan")
@@ -228,16 +225,14 @@ def adjusted_slope(terms: np.ndarray, seen: np.ndarray, values: np.ndarray) -> t
     return float(solution[1]), float(np.sqrt(variance * np.linalg.inv(x.T @ x)[1, 1]))
 
 
-def write_tables(study: Study, counts: dict[str, TermCounts]) -> None:
+def write_tables(study: Study, counts: dict[str, TermCounts], seed: int) -> None:
     """Write frequency.csv and counts.csv."""
     frequencies, lines = [], []
     for run in study.runs:
         for step in run.steps:
             items = study.columns(run, step)
-            for task, shots in kinds(items):
-                chosen = (items["task"] == task) & (items["shots"] == shots)
-                part = {name: values[chosen] for name, values in items.items()}
-                line = frequency_line(part, 0)
+            for (task, shots), part in by_task(items).items():
+                line = frequency_line(part, seed)
                 frequencies.append({"run": run.name, "step": step, "task": task, "shots": shots, **line})
             for term in counts[run.name].terms:
                 seen = counts[run.name].occurrences(term, step), counts[run.name].rows_with((term,), step)
@@ -252,21 +247,18 @@ def draw_frequency(out: Path, lines: list[dict], items: Columns, step: int) -> N
     """Draw rho over training, and the log-probability of every term against its rows under the last checkpoint."""
 
     def correlations(axes: Axes) -> None:
-        for task, shots in kinds(items):
+        for task, shots in parts:
             part = [line for line in lines if (line["task"], line["shots"]) == (task, shots)]
             values = (column(part, f"rho_log_probability{end}") for end in ("", "_low", "_high"))
             line_with_band(axes, column(part, "step"), *values, f"{task}, {shots} shots")
         axes.axhline(0, color=GREY, lw=0.8)
 
     def terms(axes: Axes) -> None:
-        for task, shots in kinds(items):
-            chosen = (items["task"] == task) & (items["shots"] == shots)
-            _, group = np.unique(items["term"][chosen], return_inverse=True)
-            means = (np.bincount(group, items[name][chosen]) / np.bincount(group) for name in names)
-            axes.plot(*means, "o", label=f"{task}, {shots} shots")
+        for (task, shots), part in parts.items():
+            axes.plot(*by_term(part, ("rows_seen", "log_probability"))[1], "o", label=f"{task}, {shots} shots")
         axes.set_xscale("symlog", linthresh=1)
 
-    names = "rows_seen", "log_probability"
+    parts = by_task(items)
     title = "Is what was read more often known better? (Spearman, over terms)"
     save_figure(out, "rho", correlations, title, "step", "rho of log-probability and rows")
     save_figure(out, "terms", terms, f"Every term at step {step}", "rows that had it", "log-probability in nats")
@@ -288,10 +280,7 @@ def parse(arguments: list[str] | None):
         raise UserError(f"--task knows {', '.join(WORDS)}, not {', '.join(sorted(unknown))}")
     if not (args.tasks or args.questions):
         raise UserError("give --task or --questions")
-    try:
-        args.shots = [int(number) for number in args.shots.split(",")]
-    except ValueError:
-        raise UserError(f"--shots {args.shots}: give whole numbers with commas between them") from None
+    args.shots = numbers("--shots", args.shots)
     if args.batch < 1 or not all(0 <= n < 99 for n in args.shots):
         raise UserError("--batch must be positive, --shots from 0 to 98")
     return args
@@ -322,7 +311,7 @@ def main(arguments: list[str] | None = None) -> None:
             counts[run.name] = counts_of(run, questions, tokenizer, args.tokenizer)
             study.measure(run, items, answer, args.batch, inputs)
         study.finish(lambda run, step, found: summary_of(found))
-        dist.run_on_main(lambda: write_tables(study, counts))
+        dist.run_on_main(lambda: write_tables(study, counts, args.seed))
 
 
 if __name__ == "__main__":

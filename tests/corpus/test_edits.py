@@ -97,7 +97,7 @@ def test_edits_of_other_rows_are_refused(rows, tmp_path, change, message):
         ((9, 3, 0, 0, 1), "row 9, position 3: it does not come after the edit before it"),
         ((8, 4, 0, 0, 1), "row 8, position 4: it does not come after"),
         ((10, 65, 0, 0, 1), r"row 10, position 65: the position is not in 0 .. 64"),
-        ((10, 0, 0, 0, 0.5), "row 10, position 0: position 0 is no target"),
+        ((10, 0, 0, 0, 0.5), "row 10, position 0: position 0 is not a target"),
         ((10, 1, 0, 0, np.nan), "the weight is not a finite number"),
         ((10, 1, 0, 0, -1), "the weight is not a finite number of at least 0"),
         ((-1, 1, 0, 0, 1), "row -1, position 1: the row is negative"),
@@ -126,7 +126,7 @@ def test_files_that_are_no_edits_are_refused_in_one_line(rows, tmp_path, small_g
         path.write_bytes(raw)
         with pytest.raises(UserError, match="not an edits file that works"):
             Edits(path)
-    with pytest.raises(UserError, match=r"missing\.parquet: there is no such edits file"):
+    with pytest.raises(UserError, match=r"missing\.parquet: the edits file does not exist"):
         Edits(tmp_path / "missing.parquet")
     with pytest.raises(UserError, match=r"No such file.*nothing was written"):
         write_edits(tmp_path / "no" / "e.parquet", facts(rows), [])

@@ -112,7 +112,7 @@ def test_every_launch_is_of_a_kernel_that_the_cubin_tests_compile(arch, launched
 
 
 def test_without_documents_the_kernels_know_nothing_of_them(launched):
-    """A pointer that is None is no argument of the compiled kernel. With documents it is the only difference."""
+    """A pointer that is None is not an argument of the compiled kernel. With documents it is the only difference."""
     for case in DOCUMENTS:
         with_them, without = launched[case], launched[replace(case, documents=False)]
         bounds = [x.signature.keys() & {"starts_ptr", "ends_ptr"} for x in with_them]
